@@ -1,0 +1,1 @@
+"""From candidates to an order: scorers, attention, training, attention maps."""
