@@ -1,0 +1,169 @@
+"""Cross-attention from text states to stored patch features: exact, in two forms.
+
+Both forms compute ``softmax(q . k) v`` with ``k = W_k x + b_k`` and ``v = W_v x + b_v``, where a
+patch is ``x = gain * code + place[cell]``: the stored code times one number a patch, plus a learned
+vector a grid cell. They differ in what they multiply first.
+
+    projected   project every patch to keys and values, then attend (the textbook form)
+    absorbed    fold W_k into the query, attend to the raw codes, pool the raw codes, and apply W_v
+                after pooling: nothing is ever computed for a patch that depends on the weights
+
+Absorption is an identity, not an approximation: ``q . W_k x = (W_k^T q) . x`` and
+``sum a W_v x = W_v sum a x``. ``b_k`` adds the same number to all logits of a query and drops out
+of the softmax; ``b_v`` passes through it because the weights sum to one. The gain multiplies logits
+and weights, so that int8 codes are only converted, never rescaled.
+
+Shapes: G texts, each with N candidate pictures of P patches; T tokens; H heads of width d; W = H d
+the width of a text state; C the width of a patch. States that do not depend on the candidate yet
+have n = 1 in place of N, and whatever is computed from them is computed once a text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What the text attends to: patch ``p`` is ``gain * code + place[cell]``."""
+
+    codes: Tensor  # (G, N, P, C) int8 or floating point
+    gain: Tensor  # (G, N, P) one factor a patch
+    place: Tensor  # (cells, C) one learned vector a grid cell
+    cells: Tensor | None = None  # (G, N, P) long: the cell of each patch; None: patch p is cell p
+    bias: Tensor | None = None  # (G, N, P) added to the logits; -inf hides a patch
+
+    def values(self) -> Tensor:
+        """Return the patches written out, (G, N, P, C): for checks, not for speed."""
+        place = self.place if self.cells is None else self.place[self.cells]  # ([G, N,] P, C)
+        return self.codes.to(place.dtype) * self.gain.unsqueeze(-1) + place  # (G, N, P, C)
+
+
+def normalising_gain(codes: Tensor) -> Tensor:
+    """Return the factor that gives every patch the norm sqrt(C), (..., P) from (..., P, C).
+
+    The scale a patch was quantised with cancels, so the codes alone are enough.
+    """
+    norm = torch.linalg.vector_norm(codes.float(), dim=-1)  # (..., P)
+    return codes.shape[-1] ** 0.5 / norm.clamp_min(1e-6)  # (..., P)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head cross-attention, equal to ``nn.MultiheadAttention`` with the same weights.
+
+    Args:
+        width: W, width of the text states; a multiple of ``heads``.
+        context_width: C, width of a patch.
+        heads: H; few wide heads make absorption pay.
+    """
+
+    def __init__(self, width: int, context_width: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of {heads} heads")
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(context_width, width)
+        self.v_proj = nn.Linear(context_width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, states: Tensor, context: Context) -> Tensor:
+        """Attend by whichever form costs fewer operations at these shapes.
+
+        Args:
+            states: (G, n, T, W) with n = N, or n = 1 for states shared by a text's candidates.
+
+        Returns:
+            (G, N, T, W)
+        """
+        tokens, (patches, width) = states.shape[2], context.codes.shape[2:]
+        cheaper = absorption_is_cheaper(tokens, patches, width, states.shape[3], self.heads)
+        return self.absorbed(states, context) if cheaper else self.projected(states, context)
+
+    def projected(self, states: Tensor, context: Context) -> Tensor:
+        """Project every patch to keys and values, then attend. Shapes as in ``forward``."""
+        candidates = context.codes.shape[1]
+        query = self._query(states).expand(-1, candidates, -1, -1, -1)  # (G, N, H, T, d)
+        key = self._project(self.k_proj, context)  # (G, N, H, P, d)
+        value = self._project(self.v_proj, context)  # (G, N, H, P, d)
+        bias = None if context.bias is None else context.bias[:, :, None, None]  # (G, N, 1, 1, P)
+        pooled = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, scale=1.0
+        )  # (G, N, H, T, d)
+        return self.out_proj(pooled.transpose(2, 3).flatten(3))  # (G, N, T, W)
+
+    def absorbed(self, states: Tensor, context: Context) -> Tensor:
+        """Attend to the raw codes and project what was pooled. Shapes as in ``forward``."""
+        codes = context.codes.to(states.dtype)  # (G, N, P, C)
+        weights = self._weights(self._query(states), codes, context)  # (G, N, H, T, P)
+        scaled = weights * context.gain[:, :, None, None].to(weights.dtype)  # (G, N, H, T, P)
+        pooled = (scaled.flatten(2, 3) @ codes).unflatten(2, (self.heads, -1))  # (G, N, H, T, C)
+        matrix = self.v_proj.weight.unflatten(0, (self.heads, -1))  # (H, d, C)
+        value = torch.einsum("gnhtc,hdc->gnthd", pooled, matrix)  # (G, N, T, H, d)
+        place = self._place(self.v_proj, context)  # (H, P, d) or (G, N, H, P, d)
+        value = value + (weights @ place).transpose(2, 3)  # (G, N, T, H, d)
+        return self.out_proj(value.flatten(3) + self.v_proj.bias)  # (G, N, T, W)
+
+    def weights(self, states: Tensor, context: Context) -> Tensor:
+        """Return where each token looks: (G, N, H, T, P), rows summing to one."""
+        codes = context.codes.to(states.dtype)  # (G, N, P, C)
+        return self._weights(self._query(states), codes, context)
+
+    def logits(self, query: Tensor, codes: Tensor, context: Context) -> Tensor:
+        """Return the absorbed logits (G, N, H, T, P), less ``b_k``'s share, before the bias.
+
+        Args:
+            query: (G, n, H, T, d) from ``_query``.
+            codes: (G, N, P, C), the context's codes in the states' precision.
+        """
+        matrix = self.k_proj.weight.unflatten(0, (self.heads, -1))  # (H, d, C)
+        folded = torch.einsum("gnhtd,hdc->gnhtc", query, matrix).flatten(2, 3)  # (G, n, H*T, C)
+        if folded.shape[1] == 1:  # one product for all candidates of a text
+            flat = folded.squeeze(1) @ codes.flatten(1, 2).transpose(1, 2)  # (G, H*T, N*P)
+            raw = flat.unflatten(2, codes.shape[1:3]).transpose(1, 2)  # (G, N, H*T, P)
+        else:
+            raw = folded @ codes.transpose(2, 3)  # (G, N, H*T, P)
+        raw = raw * context.gain.unsqueeze(2).to(raw.dtype)  # (G, N, H*T, P)
+        place = self._place(self.k_proj, context)  # (H, P, d) or (G, N, H, P, d)
+        placed = query @ place.transpose(-1, -2)  # (G, n or N, H, T, P)
+        return raw.unflatten(2, (self.heads, -1)) + placed  # (G, N, H, T, P)
+
+    def _weights(self, query: Tensor, codes: Tensor, context: Context) -> Tensor:
+        logits = self.logits(query, codes, context)  # (G, N, H, T, P)
+        if context.bias is not None:
+            logits = logits + context.bias[:, :, None, None]  # (G, N, H, T, P)
+        return logits.softmax(dim=-1)  # (G, N, H, T, P)
+
+    def _query(self, states: Tensor) -> Tensor:
+        """Project and scale the states: (G, n, T, W) -> (G, n, H, T, d)."""
+        query = self.q_proj(states).unflatten(3, (self.heads, -1))  # (G, n, T, H, d)
+        return query.transpose(2, 3) * query.shape[-1] ** -0.5  # (G, n, H, T, d)
+
+    def _place(self, projection: nn.Linear, context: Context) -> Tensor:
+        """Project the grid cells' vectors: (H, P, d), or (G, N, H, P, d) for chosen cells."""
+        table = functional.linear(context.place, projection.weight)  # (cells, W)
+        rows = table if context.cells is None else table[context.cells]  # ([G, N,] P, W)
+        return rows.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # ([G, N,] H, P, d)
+
+    def _project(self, projection: nn.Linear, context: Context) -> Tensor:
+        """Project the patches to keys or values: (G, N, H, P, d)."""
+        codes = context.codes.to(projection.weight.dtype)  # (G, N, P, C)
+        raw = functional.linear(codes, projection.weight)  # (G, N, P, W)
+        raw = raw * context.gain.unsqueeze(-1).to(raw.dtype) + projection.bias  # (G, N, P, W)
+        raw = raw.unflatten(3, (self.heads, -1)).transpose(2, 3)  # (G, N, H, P, d)
+        return raw + self._place(projection, context)
+
+
+def absorption_is_cheaper(tokens: int, patches: int, context: int, width: int, heads: int) -> bool:
+    """Compare the multiplications of the two forms for one text and one picture.
+
+    Projected: keys and values of every patch, then attention at width W. Absorbed: the query folded
+    and the pooled vectors projected, and attention at width H C.
+    """
+    projected = 2 * patches * context * width + 2 * tokens * patches * width
+    absorbed = 2 * tokens * context * width + 2 * tokens * patches * (heads * context + width)
+    return absorbed < projected

@@ -1,0 +1,192 @@
+"""The trained part of a scorer: a small network over one text's tokens and one picture's patches.
+
+Three kinds share one interface and differ in who attends to whom:
+
+    cross    text attends to patches; the patches stay as stored (ALBEF, BLIP)
+    co       both streams attend to each other in turn (ViLBERT)
+    shared   one stream of text and patches attends to itself (VisualBERT, UNITER, ViLT)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..core.types import Grid
+from .attention import Context, CrossAttention, normalising_gain
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The shape of a head."""
+
+    kind: str  # "cross" | "co" | "shared"
+    text_dim: int  # C_text, width of a text token
+    patch_dim: int  # C, width of a patch
+    grid: Grid
+    width: int = 256  # W
+    heads: int = 4
+    depth: int = 2
+    ffn_ratio: int = 2
+    dropout: float = 0.0  # while training, on what each block adds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {**asdict(self), "grid": list(self.grid)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> HeadConfig:
+        """Read back what ``to_dict`` gave."""
+        return cls(**{**values, "grid": Grid(*values["grid"])})
+
+
+class HeadOutput(NamedTuple):
+    """What a head says of pairs of a text and a picture; shapes (B, ...) or (G, N, ...)."""
+
+    rank: Tensor  # (B,) added to the scaled coarse score; zero before training
+    match: Tensor  # (B,) logit that the text describes the picture
+    token_weights: Tensor  # (B, T) share of each token in the pooling; zero on padding
+
+
+class Head(nn.Module, ABC):
+    """What every kind of head shares: the way in, the places of the grid, and the way out."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.text_norm = nn.LayerNorm(config.text_dim)
+        self.text_proj = nn.Linear(config.text_dim, config.width)
+        self.rows = nn.Parameter(torch.randn(config.grid.height, config.patch_dim) * 0.1)
+        self.columns = nn.Parameter(torch.randn(config.grid.width, config.patch_dim) * 0.1)
+        self.out_norm = nn.LayerNorm(config.width)
+        self.pool = nn.Linear(config.width, 1)
+        self.rank = nn.Linear(config.width, 1)
+        self.match = nn.Linear(config.width, 1)
+        nn.init.zeros_(self.rank.weight)  # an untrained head leaves the coarse order alone
+        nn.init.zeros_(self.rank.bias)
+
+    def forward(self, tokens: Tensor, mask: Tensor, patches: Tensor) -> HeadOutput:
+        """Judge B pairs: text i with picture i.
+
+        Args:
+            tokens: (B, T, C_text), the text tower's last hidden states.
+            mask: (B, T) bool, True where there is a token.
+            patches: (B, P, C), stored patch features, codes or values.
+        """
+        output = self.judge(tokens, mask, patches.unsqueeze(1))  # (B, 1, ...)
+        return HeadOutput(*(part.squeeze(1) for part in output))
+
+    def judge(self, tokens: Tensor, mask: Tensor, patches: Tensor) -> HeadOutput:
+        """Judge each of G texts with its own N candidates.
+
+        Args:
+            tokens: (G, T, C_text).
+            mask: (G, T) bool.
+            patches: (G, N, P, C), codes or values: only their direction counts.
+
+        Returns:
+            rank (G, N), match (G, N), token_weights (G, N, T).
+        """
+        codes = patches.to(tokens.dtype)  # (G, N, P, C) these candidates only, once for all layers
+        return self.read(self.states(tokens, mask, self.context(codes)), mask)
+
+    @abstractmethod
+    def states(self, tokens: Tensor, mask: Tensor, context: Context) -> Tensor:
+        """Return the text states after looking at the pictures, (G, N, T, W)."""
+
+    @abstractmethod
+    def context_layers(self) -> list[nn.Linear]:
+        """Return the layers that read patches, for ``fit_context``."""
+
+    def context(self, patches: Tensor) -> Context:
+        """Wrap (G, N, P, C) patches with their gain and the grid's places."""
+        return Context(patches, normalising_gain(patches), self.place())
+
+    def place(self) -> Tensor:
+        """Return the learned vector of every grid cell, (P, C)."""
+        return (self.rows.unsqueeze(1) + self.columns.unsqueeze(0)).flatten(0, 1)  # (P, C)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Bring tokens to the head's width: (G, T, C_text) -> (G, 1, T, W)."""
+        return self.text_proj(self.text_norm(tokens)).unsqueeze(1)  # (G, 1, T, W)
+
+    def read(self, states: Tensor, mask: Tensor) -> HeadOutput:
+        """Pool the states (G, N, T, W) over tokens and give rank, match and the weights."""
+        states = self.out_norm(states)  # (G, N, T, W)
+        logits = self.pool(states).squeeze(-1)  # (G, N, T)
+        weights = logits.masked_fill(~mask.unsqueeze(1), -torch.inf).softmax(dim=-1)  # (G, N, T)
+        pooled = (weights.unsqueeze(2) @ states).squeeze(2)  # (G, N, W)
+        return HeadOutput(self.rank(pooled).squeeze(-1), self.match(pooled).squeeze(-1), weights)
+
+    @torch.no_grad()
+    def fit_context(self, patches: Tensor) -> None:
+        """Start from whitened patches: call once, before training, on a sample (M, P, C).
+
+        Patch features of real encoders share a large mean and have channels of very different
+        spread. The mean goes into the places and the spread into the weights that read patches,
+        so nothing is added to the computation.
+        """
+        unit = patches.float() * normalising_gain(patches).unsqueeze(-1)  # (M, P, C)
+        spread, mean = torch.std_mean(unit.flatten(0, 1), dim=0)  # (C,), (C,)
+        self.rows -= mean
+        for layer in self.context_layers():
+            layer.weight /= spread.clamp_min(0.05)  # (W, C)
+
+
+class GatedFeedForward(nn.Module):
+    """``out(a * gelu(b))``: the product lets what was seen meet what was said."""
+
+    def __init__(self, width: int, ratio: int) -> None:
+        super().__init__()
+        self.into = nn.Linear(width, 2 * ratio * width)
+        self.out = nn.Linear(ratio * width, width)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(..., W) -> (..., W)."""
+        value, gate = self.into(states).chunk(2, dim=-1)  # (..., ratio * W) twice
+        return self.out(value * nn.functional.gelu(gate))  # (..., W)
+
+
+class CrossBlock(nn.Module):
+    """Pre-norm cross-attention to the patches, then a feed-forward network over the text states."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.attention = CrossAttention(config.width, config.patch_dim, config.heads)
+        self.ffn_norm = nn.LayerNorm(config.width)
+        self.ffn = GatedFeedForward(config.width, config.ffn_ratio)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, states: Tensor, context: Context) -> Tensor:
+        """(G, n, T, W) -> (G, N, T, W)."""
+        seen = self.attention(self.attention_norm(states), context)  # (G, N, T, W)
+        states = states + self.dropout(seen)  # (G, N, T, W)
+        return states + self.dropout(self.ffn(self.ffn_norm(states)))  # (G, N, T, W)
+
+
+class CrossHead(Head):
+    """Text attends to the patches, which are never updated and so can be stored."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__(config)
+        self.blocks = nn.ModuleList(CrossBlock(config) for _ in range(config.depth))
+
+    def states(self, tokens: Tensor, mask: Tensor, context: Context) -> Tensor:
+        """Return the text states after the last block, (G, N, T, W)."""
+        states = self.embed(tokens)  # (G, 1, T, W)
+        for block in self.blocks:
+            states = block(states, context)  # (G, N, T, W)
+        return states
+
+    def context_layers(self) -> list[nn.Linear]:
+        """Return the key and value projections."""
+        layers = []
+        for block in self.blocks:
+            assert isinstance(block, CrossBlock)
+            layers += [block.attention.k_proj, block.attention.v_proj]
+        return layers
