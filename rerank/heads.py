@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import ModelError
 from ..core.types import Grid
 from .attention import Context, CrossAttention, normalising_gain
 
@@ -190,3 +191,118 @@ class CrossHead(Head):
             assert isinstance(block, CrossBlock)
             layers += [block.attention.k_proj, block.attention.v_proj]
         return layers
+
+
+class StreamAttention(nn.Module):
+    """Multi-head attention from one stream of width W to another of the same width."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, states: Tensor, others: Tensor, bias: Tensor | None) -> Tensor:
+        """Attend from (G, N, S, W) to (G, N, R, W) under a bias (G, 1, 1, 1, R); (G, N, S, W)."""
+        query, key, value = (
+            layer(stream).unflatten(3, (self.heads, -1)).transpose(2, 3)  # (G, N, H, S or R, d)
+            for layer, stream in (
+                (self.q_proj, states),
+                (self.k_proj, others),
+                (self.v_proj, others),
+            )
+        )
+        seen = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return self.out_proj(seen.transpose(2, 3).flatten(3))  # (G, N, S, W)
+
+
+class StreamBlock(nn.Module):
+    """Pre-norm attention from a stream to another (or itself), then a feed-forward network."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width)
+        self.other_norm = nn.LayerNorm(config.width)
+        self.attention = StreamAttention(config.width, config.heads)
+        self.ffn_norm = nn.LayerNorm(config.width)
+        self.ffn = GatedFeedForward(config.width, config.ffn_ratio)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, states: Tensor, others: Tensor, bias: Tensor | None) -> Tensor:
+        """(G, N, S, W) looking at (G, N, R, W) -> (G, N, S, W)."""
+        seen = self.attention(self.norm(states), self.other_norm(others), bias)  # (G, N, S, W)
+        states = states + self.dropout(seen)  # (G, N, S, W)
+        return states + self.dropout(self.ffn(self.ffn_norm(states)))  # (G, N, S, W)
+
+
+class TwoStreamHead(Head):
+    """What ``co`` and ``shared`` have in common: patches become states, anew for each pair."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__(config)
+        self.image_proj = nn.Linear(config.patch_dim, config.width)
+
+    def streams(self, tokens: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Return text states (G, N, T, W) and image states (G, N, P, W) before any block."""
+        image = self.image_proj(context.values())  # (G, N, P, W)
+        return self.embed(tokens).expand(-1, image.shape[1], -1, -1), image
+
+    def context_layers(self) -> list[nn.Linear]:
+        """Return the image projection."""
+        return [self.image_proj]
+
+
+class CoHead(TwoStreamHead):
+    """Patches attend to the text, then the text to the patches so informed; block after block."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__(config)
+        self.image_blocks = nn.ModuleList(StreamBlock(config) for _ in range(config.depth))
+        self.text_blocks = nn.ModuleList(StreamBlock(config) for _ in range(config.depth))
+
+    def states(self, tokens: Tensor, mask: Tensor, context: Context) -> Tensor:
+        """Return the text states after the last block, (G, N, T, W)."""
+        text, image = self.streams(tokens, context)  # (G, N, T, W), (G, N, P, W)
+        bias = hiding_bias(mask, text)  # (G, 1, 1, 1, T)
+        for look_up, look_down in zip(self.image_blocks, self.text_blocks, strict=True):
+            image = look_up(image, text, bias)  # (G, N, P, W)
+            text = look_down(text, image, None)  # (G, N, T, W)
+        return text
+
+
+class SharedHead(TwoStreamHead):
+    """One stream of text and patches with shared layers, attending to itself."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__(config)
+        self.blocks = nn.ModuleList(StreamBlock(config) for _ in range(config.depth))
+
+    def states(self, tokens: Tensor, mask: Tensor, context: Context) -> Tensor:
+        """Return the text states after the last block, (G, N, T, W)."""
+        text, image = self.streams(tokens, context)  # (G, N, T, W), (G, N, P, W)
+        seen = nn.functional.pad(mask, (0, image.shape[2]), value=True)  # (G, T+P)
+        bias = hiding_bias(seen, text)  # (G, 1, 1, 1, T+P)
+        stream = torch.cat([text, image], dim=2)  # (G, N, T+P, W)
+        for block in self.blocks:
+            stream = block(stream, stream, bias)  # (G, N, T+P, W)
+        return stream[:, :, : tokens.shape[1]]  # (G, N, T, W)
+
+
+def hiding_bias(mask: Tensor, like: Tensor) -> Tensor:
+    """Turn a mask (G, R), True where something is, into logits (G, 1, 1, 1, R): 0 or -inf."""
+    zeros = like.new_zeros(mask.shape)  # (G, R)
+    return zeros.masked_fill(~mask, -torch.inf)[:, None, None, None]  # (G, 1, 1, 1, R)
+
+
+HEADS: dict[str, type[Head]] = {"cross": CrossHead, "co": CoHead, "shared": SharedHead}
+
+
+def build_head(config: HeadConfig) -> Head:
+    """Return an untrained head of the kind that ``config`` names.
+
+    Raises:
+        ModelError: there is no such kind.
+    """
+    if config.kind not in HEADS:
+        raise ModelError(f"unknown kind of head {config.kind!r}", f"Known: {', '.join(HEADS)}.")
+    return HEADS[config.kind](config)

@@ -1,0 +1,120 @@
+"""From candidates to an order: the second stage, used alike by query and eval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..core.errors import ModelError
+from ..core.types import Candidates, PatchBatch, TextFeatures
+
+if TYPE_CHECKING:
+    from .scorers import Scorer
+
+QUERIES_AT_ONCE = 64  # bounds the patches held in memory: 64 x 100 candidates are about 80 MB
+
+
+@dataclass(frozen=True, slots=True)
+class Reranked(Candidates):
+    """The same candidates, best first by the scorer. ``scores`` are the scorer's own.
+
+    The further arrays are aligned with ``ids``; padding (id -1) stays at the end.
+    """
+
+    coarse: np.ndarray  # (Q, N) float32, cosine similarity
+    coarse_rank: np.ndarray  # (Q, N) int64, place in the coarse order, from 0
+    probability: np.ndarray | None  # (Q, N) float32, of a match; NaN where the scorer has none
+
+
+def rerank(
+    scorer: Scorer,
+    text: TextFeatures,
+    candidates: Candidates,
+    fetch_patches: Callable[[Sequence[int]], PatchBatch],
+) -> Reranked:
+    """Order each query's candidates by the scorer; ties go by coarse score, then by id.
+
+    Candidates are permuted and nothing else: recall over all of them does not change.
+
+    Args:
+        scorer: from ``load_scorer``.
+        text: the Q queries that the candidates belong to.
+        candidates: the coarse stage's answer, (Q, N).
+        fetch_patches: from M image ids to their patches, in that order (``ImageIndex.patches``);
+            called only if the scorer needs patches.
+
+    Raises:
+        ModelError: the scorer gave a NaN.
+    """
+    parts = [
+        _rerank_some(scorer, _texts(text, some), _candidates(candidates, some), fetch_patches)
+        for some in _slices(len(candidates.ids))
+    ]
+    if not parts:
+        return Reranked(candidates.ids, candidates.scores, candidates.scores, candidates.ids, None)
+    probabilities = [part.probability for part in parts if part.probability is not None]
+    return Reranked(
+        ids=np.concatenate([part.ids for part in parts]),
+        scores=np.concatenate([part.scores for part in parts]),
+        coarse=np.concatenate([part.coarse for part in parts]),
+        coarse_rank=np.concatenate([part.coarse_rank for part in parts]),
+        probability=np.concatenate(probabilities) if probabilities else None,
+    )
+
+
+def _rerank_some(
+    scorer: Scorer,
+    text: TextFeatures,
+    candidates: Candidates,
+    fetch_patches: Callable[[Sequence[int]], PatchBatch],
+) -> Reranked:
+    padding = candidates.ids < 0  # (Q, N)
+    coarse = np.where(padding, -np.inf, candidates.scores).astype(np.float32)  # (Q, N)
+    distinct, inverse = np.unique(candidates.ids, return_inverse=True)  # (M or M+1,), (Q*N,)
+    hidden = int(len(distinct) > 0 and distinct[0] < 0)  # the padding id sorts first
+    rows = inverse.reshape(candidates.ids.shape) - hidden  # (Q, N), -1 on padding
+    wanted = distinct[hidden:].tolist()
+    patches = fetch_patches(wanted) if scorer.needs_patches and wanted else None
+    if scorer.needs_patches and patches is None:
+        scores, probability = coarse, None
+    else:
+        rank, match = scorer.score(
+            text, patches, torch.from_numpy(rows).long(), torch.from_numpy(coarse)
+        )
+        scores = rank.numpy().astype(np.float32)  # (Q, N)
+        probability = None if match is None else match.numpy().astype(np.float32)  # (Q, N)
+    if np.isnan(scores).any():
+        raise ModelError(f"scorer {scorer.name!r} gave a score that is not a number")
+    scores = np.where(padding, -np.inf, scores).astype(np.float32)  # (Q, N)
+    order = np.lexsort((candidates.ids, -coarse, -scores), axis=1)  # (Q, N)
+    coarse_order = np.lexsort((candidates.ids, -coarse), axis=1)  # (Q, N)
+    coarse_rank = np.argsort(coarse_order, axis=1)  # (Q, N)
+
+    def sort(values: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(values, order, axis=1)
+
+    return Reranked(
+        ids=sort(candidates.ids),
+        scores=sort(scores),
+        coarse=sort(coarse),
+        coarse_rank=sort(coarse_rank),
+        probability=None if probability is None else sort(probability),
+    )
+
+
+def _slices(queries: int) -> list[slice]:
+    return [slice(at, at + QUERIES_AT_ONCE) for at in range(0, queries, QUERIES_AT_ONCE)]
+
+
+def _texts(text: TextFeatures, some: slice) -> TextFeatures:
+    return TextFeatures(
+        text.texts[some], text.pooled[some], text.tokens[some], text.mask[some], text.words[some]
+    )
+
+
+def _candidates(candidates: Candidates, some: slice) -> Candidates:
+    return Candidates(candidates.ids[some], candidates.scores[some])

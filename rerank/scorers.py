@@ -1,0 +1,264 @@
+"""Scorers behind one protocol: what decides the final order of the coarse stage's candidates.
+
+    coarse   the cosine similarity of the pooled vectors: the order as it came
+    cross    a trained head; ``co``, ``shared`` and any name given to ``mmsearch train`` likewise
+    late     training-free: phrases of the query against text-aligned patches
+    itm      ``itm:MODEL``, a Hugging Face cross-encoder over the candidates' pixels
+
+A scorer looks at each pair of a text and a picture alone: no score depends on what else is asked
+or found at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..core.device import choose_device
+from ..core.errors import ModelError, UsageError
+from .checkpoint import CONFIG, HeadCard, load_head, read_card
+
+if TYPE_CHECKING:
+    from ..core.types import PatchBatch, TextFeatures
+    from ..indexing.encoder import EncoderSpec
+    from .heads import Head
+
+SHIPPED = Path(__file__).parent.parent / "indexing" / "bundled" / "heads"
+
+
+class Scores(NamedTuple):
+    """A scorer's verdict on Q queries with N candidates each; padding scores -inf."""
+
+    rank: Tensor  # (Q, N) float32: orders the candidates of one query
+    probability: Tensor | None  # (Q, N) float32: that the text describes the picture
+
+
+class Scorer(Protocol):
+    """Anything that can order candidates."""
+
+    name: str
+    needs_patches: bool
+
+    def score(
+        self, text: TextFeatures, patches: PatchBatch | None, rows: Tensor, coarse: Tensor
+    ) -> Scores:
+        """Score every candidate of every query.
+
+        Args:
+            text: Q encoded queries.
+            patches: the M distinct pictures among the candidates; None if not needed.
+            rows: (Q, N) long, the row in ``patches`` of each candidate; -1 where there is none.
+            coarse: (Q, N) float32, cosine similarity; -inf on padding.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a scorer is to work: the encoder it must fit, the device, and its index's heads."""
+
+    encoder: EncoderSpec
+    device: torch.device
+    heads: Path | None  # <index>/heads
+
+
+# Pairs judged at once: small enough for a CPU's cache, large enough to keep a GPU busy.
+PAIRS_AT_ONCE = {"cpu": 64, "cuda": 8192}
+
+Factory = Callable[[str, Place], Scorer]  # (what stands behind "name:", place)
+REGISTRY: dict[str, Factory] = {}
+
+
+def register(name: str) -> Callable[[Factory], Factory]:
+    """Make a scorer known by name: decorate a function from (argument, place) to a scorer."""
+
+    def add(factory: Factory) -> Factory:
+        REGISTRY[name] = factory
+        return factory
+
+    return add
+
+
+class CoarseScorer:
+    """The identity: the first row of every table."""
+
+    name = "coarse"
+    needs_patches = False
+
+    def score(
+        self, text: TextFeatures, patches: PatchBatch | None, rows: Tensor, coarse: Tensor
+    ) -> Scores:
+        """Return the coarse scores as they are."""
+        return Scores(coarse, None)
+
+
+class HeadScorer:
+    """A trained head: ``scale * cosine + weight * rank term``, and a calibrated probability.
+
+    Args:
+        head: in evaluation mode.
+        card: its fusion and calibration.
+        device: where to compute. On CUDA the head runs in bfloat16: int8 codes reach 127, and
+            their products would leave the range of float16.
+    """
+
+    needs_patches = True
+
+    def __init__(self, head: Head, card: HeadCard, device: torch.device) -> None:
+        self.name = card.name
+        self.card = card
+        self.device = device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.head = head.to(device, self.dtype)
+
+    @torch.inference_mode()
+    def score(
+        self, text: TextFeatures, patches: PatchBatch | None, rows: Tensor, coarse: Tensor
+    ) -> Scores:
+        """Judge all pairs, texts of one length together, so that nothing is padded."""
+        assert patches is not None
+        fusion, calibration = self.card.fusion, self.card.calibration
+        rank = torch.full(rows.shape, fusion.offset, device=self.device)  # (Q, N)
+        match = torch.full(rows.shape, torch.nan, device=self.device)  # (Q, N)
+        codes = self._to_device(patches.codes)  # (M, P, C)
+        tokens = self._to_device(text.tokens).to(self.dtype)  # (Q, T, C_text)
+        there = rows >= 0  # (Q, N)
+        safe = self._to_device(rows.clamp_min(0))  # (Q, N)
+        if len(codes):
+            for queries, length, columns in self._batches(text.mask, rows.shape[1]):
+                chosen = safe[queries, columns]  # (G, n)
+                said = tokens[queries, :length]  # (G, T, C_text), T = length: no padding
+                mask = said.new_ones(said.shape[:2], dtype=torch.bool)  # (G, T)
+                output = self.head.judge(said, mask, codes[chosen])
+                rank[queries, columns] = output.rank.float()  # (G, n)
+                match[queries, columns] = output.match.float()  # (G, n)
+        rank, match = rank.cpu(), match.cpu()
+        rank = torch.where(there, rank, fusion.offset)  # (Q, N)
+        fused = fusion.scale * coarse + fusion.weight * rank  # (Q, N)
+        logit = calibration.slope * match + calibration.coarse * coarse + calibration.bias
+        probability = torch.where(there, logit.sigmoid(), torch.nan)  # (Q, N)
+        return Scores(fused, probability)
+
+    def _batches(self, mask: Tensor, candidates: int) -> Iterator[tuple[Tensor, int, slice]]:
+        """Yield (queries (G,), their common length, candidate columns) to judge together."""
+        room = PAIRS_AT_ONCE.get(self.device.type, 1024)
+        step = min(room, max(candidates, 1))
+        lengths = mask.sum(dim=1)  # (Q,)
+        for length in lengths.unique().tolist():
+            queries = (lengths == length).nonzero().squeeze(1).to(self.device)  # (count,)
+            for some in queries.split(max(1, room // step)):
+                for start in range(0, candidates, step):
+                    yield some, length, slice(start, start + step)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        """Copy without waiting: pinned memory lets CUDA overlap the copy with its work."""
+        if self.device.type == "cuda" and not tensor.is_cuda:
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+
+@register("coarse")
+def _coarse(argument: str, place: Place) -> Scorer:
+    return CoarseScorer()
+
+
+def load_scorer(
+    name: str,
+    encoder: EncoderSpec,
+    *,
+    device: str | torch.device | None = None,
+    folder: Path | None = None,
+) -> Scorer:
+    """Return the scorer called ``name`` for pictures encoded by ``encoder``.
+
+    Args:
+        name: a registered name (``coarse``, ``late``, ``itm:MODEL``), the name of a head that
+            ships with mmsearch or lies in ``folder``, or the path of a head's folder.
+        encoder: the index's encoder.
+        device: None takes the best there is.
+        folder: where the index keeps its heads, ``<index>/heads``; looked into first.
+
+    Raises:
+        ModelError: no head of that name, or it was trained on another encoder.
+    """
+    place = Place(encoder, torch.device(choose_device(str(device) if device else None)), folder)
+    kind, _, argument = name.partition(":")
+    if kind in REGISTRY and not Path(name).is_dir():
+        return REGISTRY[kind](argument, place)
+    path = _find_head(name, place)
+    head, card = load_head(path)
+    return HeadScorer(head, card, place.device)
+
+
+def default_scorer_name(encoder: EncoderSpec, folder: Path | None = None) -> str:
+    """Return "cross" when a head of that name fits the encoder, else "coarse"."""
+    fits = any(_fits(path, encoder) for path in _folders_of("cross", folder))
+    return "cross" if fits else "coarse"
+
+
+@dataclass(frozen=True)
+class ScorerInfo:
+    """One line of ``mmsearch models --scorers``."""
+
+    name: str
+    needs: str
+    fits: bool  # whether it can be used with the given encoder
+    figures: dict[str, float]  # as measured when trained; empty when untrained
+
+
+def list_scorers(
+    encoder: EncoderSpec | None = None, folder: Path | None = None
+) -> list[ScorerInfo]:
+    """List the registered scorers, then the heads that ship and those of an index."""
+    infos = [
+        ScorerInfo("coarse", "nothing", True, {}),
+        ScorerInfo("late", "text-aligned patches", _aligned(encoder), {}),
+        ScorerInfo("itm:MODEL", "the pictures and mmsearch[transformers]", True, {}),
+    ]
+    for root in filter(None, (folder, SHIPPED)):
+        for config in sorted(root.glob(f"*/{CONFIG}")):
+            _, card = read_card(config.parent)
+            fits = encoder is None or _fits(config.parent, encoder)
+            infos.append(ScorerInfo(card.name, "patches of its own encoder", fits, card.figures))
+    return infos
+
+
+def _aligned(encoder: EncoderSpec | None) -> bool:
+    return encoder is None or encoder.patch_kind == "aligned"
+
+
+def _folders_of(name: str, folder: Path | None) -> list[Path]:
+    """Return the folders that could hold the head ``name``, an index's own before shipped ones."""
+    roots = [root for root in (folder, SHIPPED) if root is not None]
+    return [root / name for root in roots if (root / name / CONFIG).is_file()]
+
+
+def _fits(path: Path, encoder: EncoderSpec) -> bool:
+    _, card = read_card(path)
+    same = card.encoder_weights_hash == encoder.weights_hash
+    return same and card.patch_kind == encoder.patch_kind
+
+
+def _find_head(name: str, place: Place) -> Path:
+    """Return the first folder of that name whose head fits the encoder."""
+    if (Path(name) / CONFIG).is_file():
+        found = [Path(name)]
+    elif "/" in name or "\\" in name:
+        raise ModelError(f"no head in {name}", "Give the folder that mmsearch train wrote.")
+    else:
+        found = _folders_of(name, place.heads)
+    if not found:
+        known = sorted({info.name for info in list_scorers(folder=place.heads)})
+        raise UsageError(f"unknown scorer {name!r}", f"Known here: {', '.join(known)}.")
+    for path in found:
+        if _fits(path, place.encoder):
+            return path
+    raise ModelError(
+        f"scorer {name!r} was trained on another encoder than this index's {place.encoder.model}",
+        "Use --no-rerank, or train one: mmsearch train CAPTIONS --index DIR.",
+    )

@@ -1,0 +1,179 @@
+"""Both forms of cross-attention are nn.MultiheadAttention; heads judge each pair alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mmsearch.core.types import Grid
+from mmsearch.rerank.attention import Context, CrossAttention, normalising_gain
+from mmsearch.rerank.heads import HEADS, HeadConfig, build_head
+from torch import nn
+
+SHAPES = {
+    "texts": st.integers(1, 3),
+    "candidates": st.integers(1, 4),
+    "tokens": st.integers(1, 9),
+    "patches": st.integers(1, 12),
+    "heads": st.sampled_from([1, 2, 4]),
+    "context_width": st.integers(3, 40),
+    "shared": st.booleans(),
+    "int8": st.booleans(),
+    "seed": st.integers(0, 2**16),
+}
+
+
+def reference(attention: CrossAttention, states, context: Context):
+    """The same weights in torch's own module, patches written out."""
+    width = attention.q_proj.in_features
+    values = context.values().flatten(0, 1)
+    other = nn.MultiheadAttention(
+        width, attention.heads, kdim=values.shape[-1], vdim=values.shape[-1], batch_first=True
+    )
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    with torch.no_grad():
+        if other.in_proj_weight is None:
+            for name, layer in zip("qkv", projections, strict=True):
+                getattr(other, f"{name}_proj_weight").copy_(layer.weight)
+        else:
+            other.in_proj_weight.copy_(torch.cat([layer.weight for layer in projections]))
+        other.in_proj_bias.copy_(torch.cat([layer.bias for layer in projections]))
+    other.out_proj.load_state_dict(attention.out_proj.state_dict())
+    wide = states.expand(-1, context.codes.shape[1], -1, -1).flatten(0, 1)
+    hidden = None if context.bias is None else context.bias.flatten(0, 1) == -torch.inf
+    seen, weights = other(wide, values, values, key_padding_mask=hidden, average_attn_weights=False)
+    shape = context.codes.shape[:2]
+    return seen.unflatten(0, shape), weights.unflatten(0, shape)
+
+
+@settings(max_examples=40, deadline=None)
+@given(**SHAPES)
+def test_both_forms_equal_multihead_attention(
+    texts, candidates, tokens, patches, heads, context_width, shared, int8, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    attention = CrossAttention(16, context_width, heads)
+    shape = (texts, candidates, patches, context_width)
+    codes = (
+        torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+        if int8
+        else torch.randn(shape, generator=generator)
+    )
+    hidden = torch.rand(shape[:3], generator=generator) < 0.3
+    hidden[..., 0] = False
+    bias = torch.zeros(shape[:3]).masked_fill(hidden, -torch.inf)
+    place = torch.randn(patches, context_width, generator=generator)
+    context = Context(codes, normalising_gain(codes), place, bias=bias)
+    states = torch.randn(texts, 1 if shared else candidates, tokens, 16, generator=generator)
+    expected, weights = reference(attention, states, context)
+    for form in (attention, attention.projected, attention.absorbed):
+        torch.testing.assert_close(form(states, context), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attention.weights(states, context), weights, atol=1e-5, rtol=1e-5)
+
+
+def test_hidden_patches_get_no_weight_and_do_not_matter():
+    torch.manual_seed(0)
+    attention = CrossAttention(16, 8, 2)
+    codes = torch.randn(1, 1, 6, 8)
+    bias = torch.tensor([0, 0, 0, 0, -torch.inf, -torch.inf]).view(1, 1, 6)
+    states = torch.randn(1, 1, 3, 16)
+    place = torch.randn(6, 8)
+    gain = torch.ones(1, 1, 6)
+    full = attention(states, Context(codes, gain, place, bias=bias))
+    short = attention(states, Context(codes[:, :, :4], gain[:, :, :4], place[:4]))
+    torch.testing.assert_close(full, short, atol=1e-6, rtol=1e-6)
+
+
+def test_chosen_cells_equal_hiding_the_rest():
+    torch.manual_seed(0)
+    attention = CrossAttention(16, 8, 2)
+    codes = torch.randn(1, 2, 6, 8)
+    gain = normalising_gain(codes)
+    place = torch.randn(6, 8)
+    states = torch.randn(1, 2, 3, 16)
+    cells = torch.tensor([[[0, 2, 5], [1, 3, 4]]])
+    picked = codes.gather(2, cells.unsqueeze(-1).expand(-1, -1, -1, 8))
+    few = Context(picked, gain.gather(2, cells), place, cells=cells)
+    bias = torch.full((1, 2, 6), -torch.inf).scatter(2, cells, 0.0)
+    expected = attention(states, Context(codes, gain, place, bias=bias))
+    for form in (attention.absorbed, attention.projected):
+        torch.testing.assert_close(form(states, few), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(params=sorted(HEADS))
+def head(request):
+    torch.manual_seed(0)
+    config = HeadConfig(request.param, text_dim=12, patch_dim=10, grid=Grid(2, 3), width=16)
+    head = build_head(config).eval()
+    nn.init.normal_(head.rank.weight)
+    return head
+
+
+def test_untrained_heads_add_nothing_to_the_order():
+    for kind in HEADS:
+        head = build_head(HeadConfig(kind, 12, 10, Grid(2, 3), width=16)).eval()
+        output = head(
+            torch.randn(4, 5, 12), torch.ones(4, 5, dtype=torch.bool), torch.randn(4, 6, 10)
+        )
+        assert output.rank.abs().max() == 0
+        assert output.match.shape == (4,)
+        torch.testing.assert_close(output.token_weights.sum(1), torch.ones(4))
+
+
+def test_a_score_depends_on_its_own_pair_only(head):
+    tokens = torch.randn(4, 7, 12)
+    mask = torch.arange(7) < torch.tensor([[7], [3], [5], [1]])
+    patches = torch.randn(4, 6, 10)
+    together = head(tokens, mask, patches)
+    for i in range(4):
+        length = int(mask[i].sum())
+        alone = head(
+            tokens[i : i + 1, :length], torch.ones(1, length, dtype=torch.bool), patches[i : i + 1]
+        )
+        torch.testing.assert_close(together.rank[i], alone.rank[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together.match[i], alone.match[0], atol=1e-5, rtol=1e-5)
+        assert (together.token_weights[i, length:] == 0).all()
+
+
+def test_judging_many_candidates_equals_judging_pairs(head):
+    tokens = torch.randn(2, 4, 12)
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    patches = torch.randn(2, 3, 6, 10)
+    many = head.judge(tokens, mask, patches)
+    for n in range(3):
+        pairs = head(tokens, mask, patches[:, n])
+        torch.testing.assert_close(many.rank[:, n], pairs.rank, atol=1e-5, rtol=1e-5)
+
+
+def test_only_the_direction_of_a_patch_counts(head):
+    tokens, mask = torch.randn(2, 4, 12), torch.ones(2, 4, dtype=torch.bool)
+    codes = torch.randint(-127, 128, (2, 6, 10), dtype=torch.int8)
+    values = codes.float() * torch.rand(2, 6, 1)
+    torch.testing.assert_close(
+        head(tokens, mask, codes).rank, head(tokens, mask, values).rank, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_fit_context_whitens_what_the_layers_read(head):
+    torch.manual_seed(1)
+    patches = torch.randn(200, 6, 10) * torch.linspace(0.2, 3, 10) + torch.linspace(-2, 2, 10)
+    before = [layer.weight.clone() for layer in head.context_layers()]
+    head.rows.data.zero_()
+    head.columns.data.zero_()
+    head.fit_context(patches)
+    seen = head.context(patches.unsqueeze(1)).values().flatten(0, 2)
+    torch.testing.assert_close(seen.mean(0), torch.zeros(10), atol=1e-4, rtol=0)
+    for layer, old in zip(head.context_layers(), before, strict=True):
+        torch.testing.assert_close(layer.weight / old * seen.std(0), torch.ones_like(old))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_agrees_with_cpu(head):
+    tokens, mask = torch.randn(2, 4, 12), torch.ones(2, 4, dtype=torch.bool)
+    patches = torch.randint(-127, 128, (2, 6, 10), dtype=torch.int8)
+    cpu = head(tokens, mask, patches).rank
+    gpu = head.cuda()(tokens.cuda(), mask.cuda(), patches.cuda()).rank
+    torch.testing.assert_close(gpu.cpu(), cpu, atol=1e-3, rtol=1e-3)
