@@ -46,8 +46,8 @@ def options(
     """
 
 
-app.command()(query.query)
-app.command()(models.models)
+app.command(epilog=query.EXAMPLES)(query.query)
+app.command(epilog=models.EXAMPLES)(models.models)
 
 
 def main() -> None:

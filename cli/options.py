@@ -26,7 +26,7 @@ MilvusOption = Annotated[
         metavar="URI",
         envvar=settings.MILVUS_URI_VARIABLE,
         show_default="Milvus Lite in the index folder",
-        help=f"Milvus server or Zilliz Cloud; its token comes from ${settings.MILVUS_TOKEN_VARIABLE}.",
+        help="Milvus server or Zilliz Cloud; its token comes from $MMSEARCH_MILVUS_TOKEN.",
     ),
 ]
 DeviceOption = Annotated[
@@ -41,9 +41,7 @@ WaitOption = Annotated[
         help="Wait this long for another mmsearch process to let go of the index.",
     ),
 ]
-QuietOption = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print results and errors only.")
-]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 VerboseOption = Annotated[
     bool, typer.Option("--verbose", "-v", help="Say more about what is done.")
 ]

@@ -27,7 +27,9 @@ def choose_device(name: str | None = None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"unknown device {name!r}", "Use auto, cpu, cuda, cuda:N or mps.") from None
+        raise UsageError(
+            f"unknown device {name!r}", "Use auto, cpu, cuda, cuda:N or mps."
+        ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device {name!r} is not available here", "Use --device auto or cpu.")
     if device.type == "mps" and not torch.backends.mps.is_available():

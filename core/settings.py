@@ -15,7 +15,11 @@ MILVUS_TOKEN_VARIABLE = "MMSEARCH_MILVUS_TOKEN"
 def default_index_dir() -> Path:
     """Return $MMSEARCH_INDEX, or ``index`` in the user's data folder."""
     named = os.environ.get(INDEX_VARIABLE)
-    return Path(named).expanduser() if named else Path(platformdirs.user_data_dir("mmsearch")) / "index"
+    return (
+        Path(named).expanduser()
+        if named
+        else Path(platformdirs.user_data_dir("mmsearch")) / "index"
+    )
 
 
 def cache_dir() -> Path:

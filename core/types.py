@@ -22,6 +22,7 @@ class Grid(NamedTuple):
 
     @property
     def size(self) -> int:
+        """The number of patches, P."""
         return self.height * self.width
 
 

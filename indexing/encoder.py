@@ -255,7 +255,7 @@ def _refuse_other_weights(spec: EncoderSpec, found: str) -> None:
 
 
 def _locate(model: str, pretrained: str | None) -> tuple[str, str | None, Path]:
-    """Check the names and return them, made absolute, with the weights file (fetched if need be)."""
+    """Check the names and return them, made absolute, with the weights file."""
     if models.is_local_dir(model):
         folder = models.local_dir(model).expanduser().resolve()
         if not (folder / "open_clip_config.json").is_file():
@@ -378,9 +378,7 @@ def _probe(visual, text, patch_kind, device, dtype, size) -> dict[str, Any]:
 
 
 def _text_encoder(name: str, net: Any, device: torch.device) -> TextEncoder:
-    if models.is_local_dir(name) and (
-        fast := _bert_text_encoder(models.local_dir(name), device)
-    ):
+    if models.is_local_dir(name) and (fast := _bert_text_encoder(models.local_dir(name), device)):
         return fast
     import open_clip
 

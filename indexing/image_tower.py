@@ -50,7 +50,9 @@ def _vit(visual, aligned: bool) -> ImageTower:
     last = blocks[-1]
 
     def forward(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Grid]:
-        grid = Grid(images.shape[2] // visual.patch_size[0], images.shape[3] // visual.patch_size[1])
+        grid = Grid(
+            images.shape[2] // visual.patch_size[0], images.shape[3] // visual.patch_size[1]
+        )
         x = visual._embeds(images)  # (N, 1+P, w)
         for block in blocks[:-1]:
             x = block(x)  # (N, 1+P, w)

@@ -60,7 +60,8 @@ def find_weights(folder: Path) -> Path:
     found = _find_checkpoint_in_dir(folder)
     if found is None:
         raise ModelError(
-            f"no weights in {folder}", "Put open_clip_model.safetensors beside open_clip_config.json."
+            f"no weights in {folder}",
+            "Put open_clip_model.safetensors beside open_clip_config.json.",
         )
     return Path(found)
 
@@ -119,7 +120,8 @@ def unknown_tag(model: str, tag: str | None) -> ModelError:
         )
     if tag is None:
         return ModelError(
-            f"model {model} needs weights", f"Give --pretrained one of: {', '.join(tags)}; or a file."
+            f"model {model} needs weights",
+            f"Give --pretrained one of: {', '.join(tags)}; or a file.",
         )
     near = [*_nearest(tag, tags), *tags]
     listed = ", ".join(dict.fromkeys(near))
@@ -199,3 +201,18 @@ PUBLISHED = (
     PublishedModel("ViT-L-16-SigLIP-384", "webli", 2610, 1024, 81.42, 76.57, _SOURCE),
     PublishedModel("ViT-SO400M-14-SigLIP-384", "webli", 3512, 1152, 82.96, 76.78, _SOURCE),
 )
+
+
+def bundled_model() -> PublishedModel:
+    """Return the line about the model in the package; its figures stand in its own card."""
+    weights = find_weights(BUNDLED_DIR)
+    config = json.loads((BUNDLED_DIR / "open_clip_config.json").read_text(encoding="utf-8"))
+    return PublishedModel(
+        BUNDLED,
+        None,
+        round(weights.stat().st_size / 1e6),
+        config["model_cfg"]["embed_dim"],
+        None,
+        None,
+        "trained on Flickr8k for machines without a model hub, see docs/bundled-model.md",
+    )

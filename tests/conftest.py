@@ -54,8 +54,13 @@ TINY_MODELS: dict[str, dict] = {
         "embed_dim": 32,
         "vision_cfg": _VIT | {"attentional_pool": True, "output_tokens": True},
         "text_cfg": _TEXT | {"context_length": 76, "embed_cls": True, "output_tokens": True},
-        "multimodal_cfg": {"context_length": 76, "vocab_size": 49408, "width": 32, "heads": 2,
-                           "layers": 1},
+        "multimodal_cfg": {
+            "context_length": 76,
+            "vocab_size": 49408,
+            "width": 32,
+            "heads": 2,
+            "layers": 1,
+        },
         "custom_text": True,
     },
 }

@@ -150,5 +150,7 @@ def test_cuda_agrees_with_the_cpu(tiny_model_dir):
     pixels = random_pixels((64, 64))
     on_cpu = load_encoder(f"local-dir:{tiny_model_dir}", device="cpu", precision="fp32")
     on_gpu = load_encoder(f"local-dir:{tiny_model_dir}", device="cuda")
-    similarity = (on_cpu.encode_images(pixels).pooled * on_gpu.encode_images(pixels).pooled.cpu()).sum(1)
+    similarity = (
+        on_cpu.encode_images(pixels).pooled * on_gpu.encode_images(pixels).pooled.cpu()
+    ).sum(1)
     assert similarity.min() > 0.999

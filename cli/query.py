@@ -1,0 +1,225 @@
+"""``mmsearch query``: find pictures by words, by a picture, or by both."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..core.errors import InputError, UsageError
+from .hits import Format, default_format, read_queries, write_hits
+from .opening import open_index
+from .options import DeviceOption, IndexOption, MilvusOption, QuietOption, WaitOption
+from .output import say, stderr
+
+if TYPE_CHECKING:
+    from ..rerank.searcher import Hit, Query, Searcher
+
+EXAMPLES = """
+Examples:
+
+    mmsearch query "red car"
+
+    mmsearch query "children playing in the snow" -k 3 --explain
+
+    mmsearch query "beach at sunset" --in ~/Pictures/2024 --min-score 0.5
+
+    mmsearch query --image cat.jpg                    # pictures like this one
+
+    mmsearch query "beach" --image cat.jpg --minus "people"
+
+    mmsearch query "dog" --paths | xargs -d '\\n' cp -t dogs/
+
+    mmsearch query --file queries.txt --jsonl > hits.jsonl
+
+Exit codes: 0 found, 1 nothing found, 5 no or damaged index, 6 index in use by another process.
+"""
+
+
+def query(
+    text: Annotated[
+        str | None, typer.Argument(metavar="TEXT", help="What the pictures should show.")
+    ] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--image", metavar="FILE|URL", help="Look for pictures like this (repeatable)."
+        ),
+    ] = None,
+    minus: Annotated[
+        list[str] | None,
+        typer.Option("--minus", metavar="TEXT", help="Steer away from this (repeatable)."),
+    ] = None,
+    image_weight: Annotated[
+        float, typer.Option("--image-weight", min=0, help="Weight of --image beside the text.")
+    ] = 1.0,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", metavar="FILE", help="One query a line; - reads stdin."),
+    ] = None,
+    interactive: Annotated[
+        bool,
+        typer.Option("--interactive", "-i", help="Keep the model loaded; answer line by line."),
+    ] = False,
+    k: Annotated[int, typer.Option("-k", "--top", min=1, help="Hits to show.")] = 10,
+    candidates: Annotated[
+        int,
+        typer.Option("--candidates", min=1, max=10_000, help="Pictures handed to the scorer."),
+    ] = 100,
+    scorer: Annotated[
+        str | None,
+        typer.Option(
+            "--scorer",
+            metavar="NAME",
+            show_default="cross where a trained head fits the index",
+            help="How to rerank; see `mmsearch models --scorers`.",
+        ),
+    ] = None,
+    no_rerank: Annotated[
+        bool, typer.Option("--no-rerank", help="Coarse search only (--scorer coarse).")
+    ] = False,
+    min_score: Annotated[
+        float | None,
+        typer.Option("--min-score", min=0, max=1, help="Drop hits less probable than this."),
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--in", metavar="FOLDER", help="Only pictures below FOLDER.")
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show coarse score, rerank score and how hits moved.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    as_jsonl: Annotated[bool, typer.Option("--jsonl", help="One JSON object a hit.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="CSV with a header.")] = False,
+    paths: Annotated[bool, typer.Option("--paths", help="Absolute paths, one a line.")] = False,
+    nul: Annotated[
+        bool, typer.Option("--print0", "-0", help="Absolute paths, each ended by NUL.")
+    ] = False,
+    index: IndexOption = None,
+    milvus: MilvusOption = None,
+    device: DeviceOption = "auto",
+    wait: WaitOption = 0.0,
+    quiet: QuietOption = False,
+) -> None:
+    """Find pictures by words, by a picture, or by both."""
+    chosen = _one_format(
+        {
+            Format.json: as_json,
+            Format.jsonl: as_jsonl,
+            Format.csv: as_csv,
+            Format.paths: paths,
+            Format.nul: nul,
+        }
+    )
+    if no_rerank and scorer not in (None, "coarse"):
+        raise UsageError("--no-rerank and --scorer contradict each other", "Give one of them.")
+    texts = _texts(text, file, interactive, image)
+    from ..indexing.remote_image import picture_source
+    from ..rerank.searcher import Query, Searcher
+
+    pictures = tuple(picture_source(name) for name in image or [])
+
+    def as_query(words: str) -> Query:
+        return Query(words, pictures, tuple(minus or []), image_weight)
+
+    with open_index(index, milvus, wait) as opened:
+        searcher = Searcher(opened, "coarse" if no_rerank else scorer, device)
+        where = _known_folder(folder)
+
+        def answer(batch: list[str]) -> list[tuple[str, list[Hit]]]:
+            found = searcher.search(
+                [as_query(words) for words in batch],
+                k,
+                candidates,
+                folder=where,
+                min_score=min_score,
+            )
+            names = [words or ", ".join(image or []) for words in batch]
+            return list(zip(names, found, strict=True))
+
+        if interactive:
+            _converse(searcher, answer, chosen, explain)
+            return
+        results = answer(texts)
+    write_hits(results, chosen, explain=explain)
+    if not any(hits for _, hits in results):
+        say("nothing found", quiet=quiet)
+        raise typer.Exit(1)
+
+
+def _one_format(asked: dict[Format, bool]) -> Format:
+    wanted = [form for form, yes in asked.items() if yes]
+    if len(wanted) > 1:
+        raise UsageError(
+            "more than one output format asked for", "Give one of --json --jsonl --csv --paths -0."
+        )
+    return wanted[0] if wanted else default_format()
+
+
+def _texts(
+    text: str | None, file: Path | None, interactive: bool, image: list[str] | None
+) -> list[str]:
+    """Settle what is asked: one text, the lines of a file, or the lines to come."""
+    given = [text is not None, file is not None, interactive]
+    if sum(given) > 1:
+        raise UsageError("give TEXT, --file or --interactive, one of them")
+    if file is not None:
+        try:
+            texts = read_queries(file)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise InputError(f"cannot read {file}: {reason}", "Give a text file or -.") from error
+        if not texts:
+            raise InputError(f"no queries in {file}", "Write one query a line.")
+        return texts
+    if interactive:
+        return []
+    if text is None and not image:
+        raise UsageError("nothing to look for", 'Try: mmsearch query "red car"')
+    if text is not None and not text.strip() and not image:
+        raise UsageError("the query is empty", 'Try: mmsearch query "red car"')
+    return [text or ""]
+
+
+def _known_folder(folder: Path | None) -> Path | None:
+    if folder is None:
+        return None
+    resolved = folder.expanduser().resolve()
+    if not resolved.exists():
+        raise InputError(f"no such folder: {folder}", "--in takes a folder that was indexed.")
+    return resolved
+
+
+def _converse(searcher: Searcher, answer, form: Format, explain: bool) -> None:
+    """Answer lines from the terminal until it ends; one bad query does not end it."""
+    from ..core.errors import MmsearchError
+    from .output import report_error
+
+    with stderr.status("loading the model"):
+        searcher.text_encoder, searcher.scorer  # noqa: B018 - loaded now, so that answers come fast
+    if sys.stdin.isatty():
+        say(f"{len(searcher.index):,} pictures, scorer {searcher.scorer_name}. Ctrl-D ends.")
+    for line in _lines():
+        try:
+            write_hits(answer([line]), form, explain=explain)
+        except MmsearchError as error:
+            report_error(error, debug=False)
+
+
+def _lines() -> Iterator[str]:
+    with contextlib.suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401 - gives input() a history and editing keys
+    while True:
+        try:
+            if sys.stdin.isatty():
+                stderr.print("[bold cyan]query>[/] ", end="")
+            line = input()
+        except (EOFError, KeyboardInterrupt):
+            stderr.print()
+            return
+        if line.strip():
+            yield line.strip()

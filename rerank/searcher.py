@@ -1,0 +1,208 @@
+"""The whole query: text and pictures in, ranked hits out. What ``mmsearch query`` runs.
+
+with ImageIndex.open(folder) as index:
+    searcher = Searcher(index)
+    for hit in searcher.search([Query("red car")])[0]:
+        print(hit.record.path, hit.probability)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..core.errors import BadIndex, InputError, UsageError
+from .rerank import rerank
+from .scorers import default_scorer_name, load_scorer
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..core.types import ImageRecord
+    from ..indexing.encoder import Encoder, TextEncoder
+    from ..indexing.filters import Filters
+    from ..indexing.index import ImageIndex
+    from .scorers import Scorer
+
+
+@dataclass(frozen=True)
+class Query:
+    """What to look for: words, pictures, or both; and what to steer away from.
+
+    The coarse query is the normalised sum of the normalised parts: text, ``image_weight`` times
+    the mean picture, less ``minus_weight`` times each thing unwanted.
+    """
+
+    text: str = ""
+    images: tuple[Path | bytes, ...] = ()
+    minus: tuple[str, ...] = ()
+    image_weight: float = 1.0
+    minus_weight: float = 0.5
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One picture found, at its final place."""
+
+    rank: int  # from 1
+    record: ImageRecord
+    score: float  # the scorer's, comparable within one query only
+    probability: float | None  # calibrated match probability, where the scorer has one
+    coarse_score: float  # cosine of the pooled vectors
+    coarse_rank: int  # from 1
+
+
+class Searcher:
+    """Answers queries on one index with one scorer; models load when first needed and stay.
+
+    Args:
+        index: an open index.
+        scorer: a scorer's name; None takes the trained head that fits the index, else "coarse".
+        device: as in ``choose_device``.
+
+    Raises:
+        ModelError: the scorer is unknown or was trained for another encoder.
+    """
+
+    def __init__(
+        self, index: ImageIndex, scorer: str | None = None, device: str | None = None
+    ) -> None:
+        self.index = index
+        self._device = device
+        self._spec = index.manifest.encoder
+        self._heads = index.path / "heads"
+        self.scorer_name = scorer or default_scorer_name(self._spec, self._heads)
+
+    @functools.cached_property
+    def scorer(self) -> Scorer:
+        """The scorer of the second stage."""
+        return load_scorer(self.scorer_name, self._spec, device=self._device, folder=self._heads)
+
+    @functools.cached_property
+    def text_encoder(self) -> TextEncoder:
+        """The text half of the index's model."""
+        from ..indexing.encoder import load_text_encoder
+
+        return load_text_encoder(self._spec, self._device)
+
+    @functools.cached_property
+    def image_encoder(self) -> Encoder:
+        """The whole model, needed for pictures in a query only."""
+        from ..indexing.encoder import encoder_for
+
+        return encoder_for(self._spec, self._device)
+
+    def search(
+        self,
+        queries: Sequence[Query],
+        k: int = 10,
+        candidates: int = 100,
+        *,
+        folder: Path | None = None,
+        filters: Filters | None = None,
+        min_score: float | None = None,
+    ) -> list[list[Hit]]:
+        """Answer queries, each with at most ``k`` hits, best first.
+
+        Args:
+            queries: what to look for.
+            k: hits wanted a query.
+            candidates: how many the coarse stage hands to the scorer (at least ``k``).
+            folder: only pictures below it.
+            filters: only pictures with these facts.
+            min_score: only hits with at least this match probability.
+
+        Raises:
+            BadIndex: the index is empty.
+            UsageError: an empty query, or ``min_score`` with a scorer that gives no probability.
+            InputError: a picture of a query cannot be read.
+        """
+        if len(self.index) == 0:
+            raise BadIndex(
+                f"the index in {self.index.path} holds no pictures", "Run: mmsearch index FOLDER"
+            )
+        for query in queries:
+            if not (query.text.strip() or query.images):
+                raise UsageError("the query is empty", "Give some words, or --image FILE.")
+        text = self.text_encoder.encode_texts(
+            [query.text.strip() or "a photo" for query in queries]
+        )
+        pooled = self._combine(queries, text.pooled)  # (Q, D)
+        text = dataclasses.replace(text, pooled=pooled)
+        found = self.index.search(
+            pooled.cpu().numpy(), max(k, candidates), folder=folder, filters=filters
+        )
+        # A query without words has nothing for the cross-attention to attend with.
+        wordless = all(not query.text.strip() for query in queries)
+        scorer = load_scorer("coarse", self._spec) if wordless else self.scorer
+        ranked = rerank(scorer, text, found, self.index.patches)
+        if min_score is not None and ranked.probability is None:
+            raise UsageError(
+                f"--min-score needs a match probability, and scorer {scorer.name!r} gives none",
+                "Use a trained scorer (see `mmsearch models --scorers`).",
+            )
+        return [self._hits(ranked, row, k, min_score) for row in range(len(queries))]
+
+    def _hits(self, ranked, row: int, k: int, min_score: float | None) -> list[Hit]:
+        places = [at for at, id_ in enumerate(ranked.ids[row]) if id_ >= 0]
+        probability = ranked.probability
+        if min_score is not None and probability is not None:
+            places = [at for at in places if probability[row, at] >= min_score]
+        places = places[:k]
+        records = self.index.records([int(ranked.ids[row, at]) for at in places])
+        hits = []
+        for rank, (at, record) in enumerate(zip(places, records, strict=True), start=1):
+            match = math.nan if probability is None else float(probability[row, at])
+            hits.append(
+                Hit(
+                    rank=rank,
+                    record=record,
+                    score=float(ranked.scores[row, at]),
+                    probability=None if math.isnan(match) else match,
+                    coarse_score=float(ranked.coarse[row, at]),
+                    coarse_rank=int(ranked.coarse_rank[row, at]) + 1,
+                )
+            )
+        return hits
+
+    def _combine(self, queries: Sequence[Query], words: torch.Tensor) -> torch.Tensor:
+        """Mix words, pictures and what is unwanted into one unit vector a query, (Q, D)."""
+        import torch
+        import torch.nn.functional as F
+
+        rows = []
+        for query, word in zip(queries, words, strict=True):
+            mixed = word if query.text.strip() else torch.zeros_like(word)  # (D,)
+            if query.images:
+                pictures = self._encode_pictures(query.images).to(word.device)  # (I, D)
+                mixed = mixed + query.image_weight * F.normalize(pictures.mean(0), dim=0)  # (D,)
+            if query.minus:
+                unwanted = self.text_encoder.encode_texts(query.minus).pooled  # (U, D)
+                mixed = mixed - query.minus_weight * unwanted.sum(0)  # (D,)
+            if float(mixed.norm()) < 1e-6:
+                raise UsageError(
+                    "the parts of the query cancel each other out", "Leave out --minus."
+                )
+            rows.append(F.normalize(mixed, dim=0))  # (D,)
+        return torch.stack(rows)
+
+    def _encode_pictures(self, sources: Sequence[Path | bytes]) -> torch.Tensor:
+        import numpy as np
+
+        from ..indexing.images import UndecodableImage, decode
+
+        pixels = []
+        for source in sources:
+            try:
+                pixels.append(decode(source, self._spec.input_spec).pixels)
+            except (UndecodableImage, OSError) as error:
+                name = "the picture given" if isinstance(source, bytes) else source
+                raise InputError(
+                    f"cannot read {name}: {error}", "Give a picture file or an http(s) URL."
+                ) from error
+        return self.image_encoder.encode_images(np.stack(pixels)).pooled  # (I, D)
