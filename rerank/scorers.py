@@ -186,7 +186,9 @@ def load_scorer(
     Raises:
         ModelError: no head of that name, or it was trained on another encoder.
     """
-    place = Place(encoder, torch.device(choose_device(str(device) if device else None)), folder)
+    from . import late  # noqa: F401  registers itself
+
+    place = Place(encoder, choose_device(str(device) if device else None), folder)
     kind, _, argument = name.partition(":")
     if kind in REGISTRY and not Path(name).is_dir():
         return REGISTRY[kind](argument, place)
