@@ -85,9 +85,9 @@ def _figure(value: float | None) -> str:
 
 
 def _list_everything(as_json: bool) -> None:
-    import open_clip
+    from ..indexing.models import every_pretrained
 
-    pairs = open_clip.list_pretrained()
+    pairs = every_pretrained()
     if as_json:
         print_line(json.dumps([{"model": m, "pretrained": tag} for m, tag in pairs], indent=2))
         return

@@ -216,3 +216,10 @@ def bundled_model() -> PublishedModel:
         None,
         "trained on Flickr8k for machines without a model hub, see docs/bundled-model.md",
     )
+
+
+def every_pretrained() -> list[tuple[str, str]]:
+    """Return every (model, pretrained tag) that open_clip knows."""
+    import open_clip
+
+    return [(model, tag) for model, tag in open_clip.list_pretrained()]

@@ -1,0 +1,5 @@
+"""``python -m mmsearch.cli``."""
+
+from .app import main
+
+main()
