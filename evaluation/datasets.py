@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import InputError
@@ -34,13 +33,6 @@ class CaptionSet:
     names: tuple[str, ...]  # one an image, as the caption file writes it
     captions: tuple[Caption, ...]
     problems: tuple[Problem, ...]  # rows that were left out
-
-    def sample(self, limit: int | None, seed: int) -> CaptionSet:
-        """Keep `limit` captions drawn at random; the gallery stays whole, so no query is easier."""
-        if limit is None or limit >= len(self.captions):
-            return self
-        kept = sorted(random.Random(seed).sample(range(len(self.captions)), limit))
-        return replace(self, captions=tuple(self.captions[at] for at in kept))
 
     def skipped(self) -> dict[str, int]:
         """How many rows were left out, by kind."""
@@ -104,7 +96,7 @@ def read_captions(
         path.absolute(),
         name,
         tuple(builder.images),
-        tuple(builder.rows),
+        tuple(builder.names),
         tuple(builder.captions),
         tuple(builder.problems),
     )
@@ -121,7 +113,9 @@ class _Builder:
         self.images: list[Path] = []
         self.captions: list[Caption] = []
         self.problems: list[Problem] = []
+        self.names: list[str] = []
         self.rows: dict[str, int] = {}  # image name -> row in self.images
+        self.paths: dict[Path, int] = {}  # the same by file: two names may mean one
         self.missing: set[str] = set()
         self.turns: Counter[str | None] = Counter()  # captions seen of an image
         self.texts: set[tuple[str | None, str]] = set()
@@ -177,8 +171,10 @@ class _Builder:
         if path is None:
             self.missing.add(name)
             return None
-        self.rows[name] = len(self.images)
-        self.images.append(path)
+        self.rows[name] = self.paths.setdefault(path, len(self.images))
+        if self.rows[name] == len(self.images):
+            self.images.append(path)
+            self.names.append(name)
         return self.rows[name]
 
     def _places(self, name: str) -> list[Path]:

@@ -33,14 +33,14 @@ class Relevance:
         return cls(table[:, 0], table[:, 1], table[:, 2], shape)
 
     @classmethod
-    def of_captions(cls, captions: CaptionSet) -> Relevance:
-        """Captions as queries, images as documents."""
+    def of_captions(cls, captions: CaptionSet, gallery: int) -> Relevance:
+        """Captions as queries, and as documents a gallery that begins with their images."""
         triples = [
             (query, image, grade)
             for query, caption in enumerate(captions.captions)
             for image, grade in caption.grades
         ]
-        return cls.from_triples(triples, (len(captions.captions), len(captions.images)))
+        return cls.from_triples(triples, (len(captions.captions), gallery))
 
     def transposed(self) -> Relevance:
         """Documents as queries."""
@@ -76,7 +76,7 @@ class Relevance:
         """Look up grades.
 
         Args:
-            order: (B, N) documents of queries `start` on; -1 is padding.
+            order: (B, N) documents of queries `start` on.
             start: the first row's query.
 
         Returns:
@@ -87,7 +87,7 @@ class Relevance:
         width = self.shape[1]
         keys = self.queries * width + self.documents  # (E,) ascending
         queries = np.arange(start, start + len(order))[:, None]
-        wanted = np.where(order < 0, -1, queries * width + order)  # (B, N)
+        wanted = queries * width + order  # (B, N)
         at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
         return np.where(keys[at] == wanted, self.grades[at], 0)
 
@@ -106,8 +106,8 @@ class Relevance:
 class Ranking:
     """What a system answered to Q queries: the best N documents, and the rank of the first hit."""
 
-    order: np.ndarray  # (Q, N) int64 documents, best first; -1 where a list is shorter
-    scores: np.ndarray  # (Q, N) float32, not increasing along a row; -inf where order is -1
+    order: np.ndarray  # (Q, N) int64 documents, best first
+    scores: np.ndarray  # (Q, N) float32, not increasing along a row
     grades: np.ndarray  # (Q, N) int64, 0 where not relevant
     first: np.ndarray  # (Q,) int64, rank from 1 of the first relevant document, counted in the
     # whole gallery even where it lies beyond N; M + 1 for a query whose relevant is not in it
@@ -133,8 +133,9 @@ def rescored(coarse: Ranking, scores: np.ndarray) -> Ranking:
         scores: (Q, n) of the first n <= N documents of each.
     """
     n = scores.shape[1]
-    head = np.where(coarse.order[:, :n] < 0, -np.inf, scores).astype(np.float32)
-    order, head, grades = sort_pessimistically(coarse.order[:, :n], head, coarse.grades[:, :n])
+    order, head, grades = sort_pessimistically(
+        coarse.order[:, :n], scores.astype(np.float32), coarse.grades[:, :n]
+    )
     hit = grades > 0  # (Q, n)
     first = np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, coarse.first)
     return Ranking(

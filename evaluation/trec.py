@@ -72,7 +72,7 @@ def write_run(
         file: where to.
         queries: Q names.
         documents: names; `order` points into them.
-        order: (Q, N) documents, best first; -1 where the list is shorter.
+        order: (Q, N) documents, best first.
         scores: (Q, N) their scores, not increasing along a row.
         tag: the run's name, the last column.
     """
@@ -80,8 +80,7 @@ def write_run(
     for query, row, strict in zip(queries, order, strictly_decreasing(scores), strict=True):
         name = encode_name(query)
         for rank, (document, score) in enumerate(zip(row, strict, strict=True), start=1):
-            if document >= 0:
-                file.write(f"{name} Q0 {names[document]} {rank} {score:.9g} {tag}\n")
+            file.write(f"{name} Q0 {names[document]} {rank} {score:.9g} {tag}\n")
 
 
 def strictly_decreasing(scores: np.ndarray) -> np.ndarray:

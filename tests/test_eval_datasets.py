@@ -322,13 +322,3 @@ def test_what_is_no_caption_file(tmp_path: Path, content: str, message: str) -> 
     (tmp_path / "bare").mkdir()
     with pytest.raises(InputError, match="holds neither"):
         read_captions(tmp_path / "bare")
-
-
-def test_sample_keeps_the_gallery(folder: Path) -> None:
-    captions = read_captions(
-        write(folder, "c.csv", f"image,caption,split\n{DOG},A .,v\n{DOG},B .,v\n{GIRL},C .,v\n")
-    )
-    some = captions.sample(1, seed=3)
-    assert len(some.captions) == 1 and some.images == captions.images
-    assert some == captions.sample(1, seed=3)
-    assert captions.sample(None, seed=3) is captions
