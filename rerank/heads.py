@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..core.errors import ModelError
 from ..core.types import Grid
 from .attention import Context, CrossAttention, normalising_gain
+from .sparse import Selection
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,7 @@ class Head(nn.Module, ABC):
         Returns:
             rank (G, N), match (G, N), token_weights (G, N, T).
         """
-        codes = patches.to(tokens.dtype)  # (G, N, P, C) these candidates only, once for all layers
-        return self.read(self.states(tokens, mask, self.context(codes)), mask)
+        return self.read(self.states(tokens, mask, self.context(tokens, mask, patches)), mask)
 
     @abstractmethod
     def states(self, tokens: Tensor, mask: Tensor, context: Context) -> Tensor:
@@ -103,9 +103,10 @@ class Head(nn.Module, ABC):
     def context_layers(self) -> list[nn.Linear]:
         """Return the layers that read patches, for ``fit_context``."""
 
-    def context(self, patches: Tensor) -> Context:
-        """Wrap (G, N, P, C) patches with their gain and the grid's places."""
-        return Context(patches, normalising_gain(patches), self.place())
+    def context(self, tokens: Tensor, mask: Tensor, patches: Tensor) -> Context:
+        """Widen the patches (G, N, P, C), of these candidates only and once for all layers."""
+        codes = patches.to(tokens.dtype)  # (G, N, P, C)
+        return Context(codes, normalising_gain(codes), self.place())
 
     def place(self) -> Tensor:
         """Return the learned vector of every grid cell, (P, C)."""
@@ -176,6 +177,18 @@ class CrossHead(Head):
     def __init__(self, config: HeadConfig) -> None:
         super().__init__(config)
         self.blocks = nn.ModuleList(CrossBlock(config) for _ in range(config.depth))
+        self.selection: Selection | None = None  # attend to all patches
+
+    def context(self, tokens: Tensor, mask: Tensor, patches: Tensor) -> Context:
+        """Widen all patches, or those that the selection chooses with the first block."""
+        if self.selection is None:
+            return super().context(tokens, mask, patches)
+        first = self.blocks[0]
+        assert isinstance(first, CrossBlock)
+        states = first.attention_norm(self.embed(tokens))  # (G, 1, T, W)
+        return self.selection.choose(
+            first.attention, states, mask, patches, self.place(), self.config.grid
+        )
 
     def states(self, tokens: Tensor, mask: Tensor, context: Context) -> Tensor:
         """Return the text states after the last block, (G, N, T, W)."""

@@ -67,8 +67,8 @@ class Place:
     heads: Path | None  # <index>/heads
 
 
-# Pairs judged at once: small enough for a CPU's cache, large enough to keep a GPU busy.
-PAIRS_AT_ONCE = {"cpu": 64, "cuda": 8192}
+# Patch values widened at once: small enough for a CPU's cache, large enough to keep a GPU busy.
+VALUES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 27}
 
 Factory = Callable[[str, Place], Scorer]  # (what stands behind "name:", place)
 REGISTRY: dict[str, Factory] = {}
@@ -130,7 +130,8 @@ class HeadScorer:
         there = rows >= 0  # (Q, N)
         safe = self._to_device(rows.clamp_min(0))  # (Q, N)
         if len(codes):
-            for queries, length, columns in self._batches(text.mask, rows.shape[1]):
+            room = max(1, VALUES_AT_ONCE.get(self.device.type, 1 << 22) // codes[0].numel())
+            for queries, length, columns in _batches(text.mask, rows.shape[1], room):
                 chosen = safe[queries, columns]  # (G, n)
                 said = tokens[queries, :length]  # (G, T, C_text), T = length: no padding
                 mask = said.new_ones(said.shape[:2], dtype=torch.bool)  # (G, T)
@@ -144,22 +145,22 @@ class HeadScorer:
         probability = torch.where(there, logit.sigmoid(), torch.nan)  # (Q, N)
         return Scores(fused, probability)
 
-    def _batches(self, mask: Tensor, candidates: int) -> Iterator[tuple[Tensor, int, slice]]:
-        """Yield (queries (G,), their common length, candidate columns) to judge together."""
-        room = PAIRS_AT_ONCE.get(self.device.type, 1024)
-        step = min(room, max(candidates, 1))
-        lengths = mask.sum(dim=1)  # (Q,)
-        for length in lengths.unique().tolist():
-            queries = (lengths == length).nonzero().squeeze(1).to(self.device)  # (count,)
-            for some in queries.split(max(1, room // step)):
-                for start in range(0, candidates, step):
-                    yield some, length, slice(start, start + step)
-
     def _to_device(self, tensor: Tensor) -> Tensor:
         """Copy without waiting: pinned memory lets CUDA overlap the copy with its work."""
         if self.device.type == "cuda" and not tensor.is_cuda:
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
+
+
+def _batches(mask: Tensor, candidates: int, room: int) -> Iterator[tuple[Tensor, int, slice]]:
+    """Yield (queries (G,), their common length, candidate columns): at most ``room`` pairs."""
+    step = min(room, max(candidates, 1))
+    lengths = mask.sum(dim=1).cpu()  # (Q,)
+    for length in lengths.unique().tolist():
+        queries = (lengths == length).nonzero().squeeze(1)  # (count,)
+        for some in queries.split(max(1, room // step)):
+            for start in range(0, candidates, step):
+                yield some, length, slice(start, start + step)
 
 
 @register("coarse")

@@ -163,7 +163,8 @@ def test_fit_context_whitens_what_the_layers_read(head):
     head.rows.data.zero_()
     head.columns.data.zero_()
     head.fit_context(patches)
-    seen = head.context(patches.unsqueeze(1)).values().flatten(0, 2)
+    text = torch.zeros(200, 1, 12), torch.ones(200, 1, dtype=torch.bool)
+    seen = head.context(*text, patches.unsqueeze(1)).values().flatten(0, 2)
     torch.testing.assert_close(seen.mean(0), torch.zeros(10), atol=1e-4, rtol=0)
     for layer, old in zip(head.context_layers(), before, strict=True):
         torch.testing.assert_close(layer.weight / old * seen.std(0), torch.ones_like(old))

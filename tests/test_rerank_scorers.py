@@ -174,7 +174,7 @@ def test_many_candidates_are_judged_in_pieces(monkeypatch):
     text, patches = make_text(), make_patches()
     rows, coarse = torch.randint(0, 4, (3, 11)), torch.rand(3, 11)
     whole = scorer.score(text, patches, rows, coarse)
-    monkeypatch.setattr(scorers, "PAIRS_AT_ONCE", {"cpu": 4})
+    monkeypatch.setattr(scorers, "VALUES_AT_ONCE", {"cpu": 4 * 60})
     pieces = scorer.score(text, patches, rows, coarse)
     torch.testing.assert_close(whole.rank, pieces.rank, atol=1e-4, rtol=1e-4)
 
