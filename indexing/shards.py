@@ -1,0 +1,308 @@
+"""What the encoder saw, on disk: pooled vectors and quantised patch features.
+
+A shard is two flat files of fixed-size rows, memory-mapped to be read::
+
+    000000.pooled    rows x D float32
+    000000.patches   rows x record of scales (P float16), codes (P x C) and a checksum (uint64)
+
+The checksum of a row covers its pooled vector, scales and codes. Rows are only ever appended;
+the catalog says which of them count, so a torn tail is cut off by the next writer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import xxhash
+
+from ..core.errors import BadIndex, StorageError
+from ..core.types import Grid, PatchBatch
+
+if TYPE_CHECKING:
+    import torch
+
+PATCH_CODES = ("int8", "int4", "fp16")
+SHARD_BYTES = 1 << 28  # a shard is closed once its patches are larger than this
+_LARGEST = {"int8": 127, "int4": 7}
+
+
+@dataclass(frozen=True, slots=True)
+class RowFormat:
+    """The bytes of one image in a shard."""
+
+    embed_dim: int  # D
+    patch_dim: int  # C
+    grid: Grid  # P patches
+    codes: str = "int8"  # one of PATCH_CODES
+
+    @property
+    def pooled(self) -> np.dtype:
+        """Row of a ``.pooled`` file."""
+        return np.dtype(("<f4", (self.embed_dim,)))
+
+    @property
+    def patches(self) -> np.dtype:
+        """Row of a ``.patches`` file."""
+        patches = self.grid.size
+        fields: list[tuple[str, str, tuple[int, ...]]] = []
+        if self.codes == "fp16":
+            fields.append(("codes", "<f2", (patches, self.patch_dim)))
+        else:
+            width = self.patch_dim if self.codes == "int8" else (self.patch_dim + 1) // 2
+            kind = "i1" if self.codes == "int8" else "u1"
+            fields.append(("scales", "<f2", (patches,)))
+            fields.append(("codes", kind, (patches, width)))
+        return np.dtype([*fields, ("checksum", "<u8")])
+
+
+def quantise(patches: torch.Tensor, row: RowFormat) -> tuple[np.ndarray, np.ndarray | None]:
+    """Bring patch features to their stored form, on the device they are on.
+
+    Args:
+        patches: (N, P, C) floating point.
+        row: the format to bring them to.
+
+    Returns:
+        Codes (N, P, C), int4 packed two to a byte, and scales (N, P) float16 or None for fp16.
+        A patch is codes * scale; the error is at most half a scale.
+    """
+    import torch
+
+    if row.codes == "fp16":
+        return patches.to(torch.float16).cpu().numpy(), None
+    largest = _LARGEST[row.codes]
+    scales = patches.abs().amax(-1) / largest  # (N, P)
+    scales = scales.to(torch.float16)  # (N, P)
+    divisor = scales.to(patches.dtype).clamp_min(torch.finfo(torch.float16).tiny)  # (N, P)
+    scaled = (patches / divisor.unsqueeze(-1)).round_()  # (N, P, C)
+    codes = scaled.clamp_(-largest, largest).to(torch.int8).cpu().numpy()  # (N, P, C)
+    if row.codes == "int4":
+        codes = _pack(codes)
+    return codes, scales.cpu().numpy()
+
+
+def _pack(codes: np.ndarray) -> np.ndarray:
+    """Two codes from -7 to 7 in a byte, the first in the low half."""
+    if codes.shape[-1] % 2:
+        codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 1)])
+    halves = (codes + 8).astype(np.uint8)
+    return halves[..., 0::2] | (halves[..., 1::2] << 4)
+
+
+def _unpack(packed: np.ndarray, width: int) -> np.ndarray:
+    codes = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.int8)
+    codes[..., 0::2] = (packed & 15).astype(np.int8) - 8
+    codes[..., 1::2] = (packed >> 4).astype(np.int8) - 8
+    return np.ascontiguousarray(codes[..., :width])
+
+
+class Storage(Protocol):
+    """Where shard files lie. Files grow by whole rows and are read by row."""
+
+    def rows(self, name: str, kind: np.dtype) -> np.ndarray:
+        """Return all whole rows of a file, mapped rather than read; none if it is absent."""
+        ...
+
+    def append(self, name: str, at: int, rows: np.ndarray) -> None:
+        """Write rows from row ``at`` on, cutting off what was there; durable on return."""
+        ...
+
+    def names(self) -> list[str]:
+        """Return the names of all files."""
+        ...
+
+
+class LocalStorage:
+    """Shards in a folder of this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def rows(self, name: str, kind: np.dtype) -> np.ndarray:
+        """Map a file."""
+        path = self._folder / name
+        try:
+            count = path.stat().st_size // kind.itemsize
+        except FileNotFoundError:
+            count = 0
+        except OSError as error:
+            raise StorageError(f"cannot read {path}: {error.strerror}") from error
+        if count == 0:
+            return np.empty((0, *kind.shape), kind.base)
+        return np.memmap(path, kind.base, "r", shape=(count, *kind.shape))
+
+    def append(self, name: str, at: int, rows: np.ndarray) -> None:
+        """Write rows and wait for the disk."""
+        path = self._folder / name
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+        try:
+            with open(os.open(path, flags, 0o644), "r+b") as file:
+                start = at * (rows.nbytes // len(rows))
+                if file.seek(0, os.SEEK_END) < start:
+                    raise BadIndex(
+                        f"{path} is shorter than the catalog says",
+                        "Run `mmsearch check --repair`.",
+                    )
+                file.truncate(start)
+                file.seek(start)
+                file.write(np.ascontiguousarray(rows).data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {path}: {error.strerror}",
+                "What was indexed before is kept; make room and run the same command again.",
+            ) from error
+
+    def names(self) -> list[str]:
+        """List the folder."""
+        return sorted(os.listdir(self._folder)) if self._folder.is_dir() else []
+
+
+class Shards:
+    """All shards of an index.
+
+    Args:
+        storage: where the files lie.
+        row: the format of a row, fixed for an index.
+    """
+
+    def __init__(self, storage: Storage, row: RowFormat) -> None:
+        self._storage = storage
+        self.row = row
+        self._mapped: dict[str, np.ndarray] = {}
+
+    def append(
+        self,
+        position: tuple[int, int],
+        pooled: np.ndarray,
+        codes: np.ndarray,
+        scales: np.ndarray | None,
+    ) -> tuple[int, int]:
+        """Store N images from a position on, overwriting what a killed run left there.
+
+        Args:
+            position: (shard, row) after the last image that counts.
+            pooled: (N, D) float32.
+            codes: (N, P, C) as ``quantise`` gives them.
+            scales: (N, P) float16 or None.
+
+        Returns:
+            The (shard, row) of the first image; the others follow it.
+
+        Raises:
+            StorageError: the disk is full or the folder cannot be written to.
+        """
+        shard, row = position
+        if row * self.row.patches.itemsize >= SHARD_BYTES:
+            shard, row = shard + 1, 0
+        records = np.empty(len(pooled), self.row.patches)
+        records["codes"] = codes
+        if scales is not None:
+            records["scales"] = scales
+        pooled = np.ascontiguousarray(pooled, "<f4")
+        records["checksum"] = [_checksum(*pair) for pair in zip(pooled, records, strict=True)]
+        self._storage.append(f"{shard:06d}.pooled", row, pooled)
+        self._storage.append(f"{shard:06d}.patches", row, records)
+        return shard, row
+
+    def pooled(self, positions: np.ndarray) -> np.ndarray:
+        """Read pooled vectors.
+
+        Args:
+            positions: (M, 2) int64, shard and row of each image.
+
+        Returns:
+            (M, D) float32, in the order asked for.
+        """
+        result = np.empty((len(positions), self.row.embed_dim), np.float32)
+        for shard, places in _by_shard(positions):
+            result[places] = self._rows(f"{shard:06d}.pooled", self.row.pooled, positions, places)
+        return result
+
+    def patches(self, positions: np.ndarray) -> PatchBatch:
+        """Read the patch features of images, in the order asked for.
+
+        Args:
+            positions: (M, 2) int64, shard and row of each image.
+        """
+        import torch
+
+        kind = self.row.patches
+        codes = np.empty((len(positions), *kind["codes"].shape), kind["codes"].base)
+        scaled = "scales" in (kind.names or ())
+        scales = np.empty((len(positions), self.row.grid.size), "<f2") if scaled else None
+        for shard, places in _by_shard(positions):
+            rows = self._rows(f"{shard:06d}.patches", kind, positions, places)
+            codes[places] = rows["codes"]
+            if scales is not None:
+                scales[places] = rows["scales"]
+        if self.row.codes == "int4":
+            codes = _unpack(codes, self.row.patch_dim)
+        return PatchBatch(
+            codes=torch.from_numpy(codes),  # (M, P, C)
+            scales=None if scales is None else torch.from_numpy(scales),  # (M, P)
+            grid=self.row.grid,
+        )
+
+    def _rows(
+        self, name: str, kind: np.dtype, positions: np.ndarray, places: np.ndarray
+    ) -> np.ndarray:
+        wanted = positions[places, 1]
+        mapped = self._mapped.get(name)
+        if mapped is None or wanted.max() >= len(mapped):
+            mapped = self._mapped[name] = self._storage.rows(name, kind)
+        if wanted.max() >= len(mapped):
+            raise BadIndex(
+                f"shard file {name} lacks rows that the catalog names",
+                "Run `mmsearch check --repair`.",
+            )
+        return mapped[wanted]
+
+    def damaged(self, positions: np.ndarray) -> np.ndarray:
+        """Return a (M,) bool array, True for rows that are absent or whose checksum is wrong."""
+        bad = np.ones(len(positions), bool)
+        for shard, places in _by_shard(positions):
+            pooled = self._storage.rows(f"{shard:06d}.pooled", self.row.pooled)
+            records = self._storage.rows(f"{shard:06d}.patches", self.row.patches)
+            for place in places:
+                row = positions[place, 1]
+                if row < min(len(pooled), len(records)):
+                    bad[place] = _checksum(pooled[row], records[row]) != records[row]["checksum"]
+        return bad
+
+    def lengths(self) -> dict[int, int]:
+        """Return how many whole rows each shard holds on disk."""
+        return {
+            shard: min(
+                len(self._storage.rows(f"{shard:06d}.pooled", self.row.pooled)),
+                len(self._storage.rows(f"{shard:06d}.patches", self.row.patches)),
+            )
+            for shard in self.numbers()
+        }
+
+    def numbers(self) -> Sequence[int]:
+        """Return the numbers of the shards that exist."""
+        stems = {name.split(".")[0] for name in self._storage.names()}
+        return sorted(int(stem) for stem in stems if stem.isdecimal())
+
+    def forget(self) -> None:
+        """Drop the mappings, after files were replaced."""
+        self._mapped.clear()
+
+
+def _by_shard(positions: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Group (M, 2) positions: each shard with the indices that lie in it."""
+    for shard in np.unique(positions[:, 0]):
+        yield int(shard), np.flatnonzero(positions[:, 0] == shard)
+
+
+def _checksum(pooled: np.ndarray, record: np.void) -> int:
+    digest = xxhash.xxh3_64(pooled.tobytes())
+    digest.update(record.tobytes()[:-8])  # all but the checksum itself, which comes last
+    return digest.intdigest()
