@@ -113,8 +113,10 @@ def _without_unreadable(
             detail = f"{path}: {reasons.get(str(path), 'not in the index')}"
             problems.append(Problem(f"caption {caption.id}", "unreadable image", detail))
     if strict or not left:
+        first = captions.images[min(bad)]
         raise InputError(
-            f"{len(bad)} images could not be embedded; the first, {problems[-1].detail}",
+            f"{len(bad)} images could not be embedded; the first, {first}: "
+            f"{reasons.get(str(first), 'not in the index')}",
             "mend them, or leave out --strict to skip their captions",
         )
     return replace(

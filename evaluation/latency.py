@@ -30,27 +30,19 @@ def measure_latency(
     Returns:
         stage -> {"p50", "p95"} in milliseconds; the stages of a query add up.
     """
-    times: dict[str, list[float]] = {}
-    for turn, text in enumerate([*texts[:WARM_UP], *texts]):
-        laps = []
-
-        def lap(stage: str, since: float, laps: list = laps) -> float:
-            now = time.perf_counter()
-            laps.append((stage, 1000 * (now - since)))
-            return now
-
-        start = time.perf_counter()
+    stages = ["encode", "search", *(f"rerank with {scorer.name}" for scorer in scorers)]
+    taken = []
+    for text in [*texts[:WARM_UP], *texts]:
+        marks = [time.perf_counter()]
         encoded = encoder.encode_texts([text])
-        start = lap("encode", start)
+        marks.append(time.perf_counter())
         found = index.search(encoded.pooled.cpu().numpy(), max(candidates, 1))
-        start = lap("search", start)
+        marks.append(time.perf_counter())
         for scorer in scorers:
             rerank(scorer, encoded, found, index.patches)
-            start = lap(f"rerank with {scorer.name}", start)
-        if turn >= WARM_UP:
-            for stage, taken in laps:
-                times.setdefault(stage, []).append(taken)
+            marks.append(time.perf_counter())
+        taken.append(1000 * np.diff(marks))
+    low, high = np.quantile(taken[WARM_UP:], (0.5, 0.95), axis=0)
     return {
-        stage: {"p50": float(np.median(taken)), "p95": float(np.quantile(taken, 0.95))}
-        for stage, taken in times.items()
+        stage: {"p50": float(low[at]), "p95": float(high[at])} for at, stage in enumerate(stages)
     }
