@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -352,6 +353,19 @@ class Catalog:
             low, high = map(os.fsencode, prefix_range(folder))
             rows = self._all("SELECT id FROM files WHERE folder >= ? AND folder < ?", low, high)
         return [number for (number,) in rows]
+
+    def count_moved(self, gone: Sequence[int], found: Sequence[int]) -> int:
+        """Count those of the files gone whose content is that of a file just found."""
+        left = self._contents_of(gone)
+        came = self._contents_of(found)
+        return sum(min(count, came.get(digest, 0)) for digest, count in left.items())
+
+    def _contents_of(self, ids: Sequence[int]) -> Counter[bytes]:
+        found: Counter[bytes] = Counter()
+        for part in _parts(ids):
+            rows = self._all(f"SELECT content FROM {_LIVE} AND id IN ({_marks(part)})", *part)
+            found.update(digest for (digest,) in rows)
+        return found
 
     def failures(self) -> list[Failure]:
         """Return all files that are not searchable, by path."""

@@ -197,9 +197,7 @@ def _open_raw(content: bytes) -> Image.Image:
     try:
         import rawpy
     except ImportError as error:
-        raise MissingDecoder(
-            'camera RAW files need rawpy: pip install "mmsearch[raw]"'
-        ) from error
+        raise MissingDecoder('camera RAW files need rawpy: pip install "mmsearch[raw]"') from error
     with rawpy.imread(BytesIO(content)) as raw:
         try:
             preview = raw.extract_thumb()
@@ -305,9 +303,7 @@ def _fit(image: Image.Image, spec: InputSpec) -> Image.Image:
     return _cover(image, height, width, filter_)
 
 
-def _cover(
-    image: Image.Image, height: int, width: int, filter_: Image.Resampling
-) -> Image.Image:
+def _cover(image: Image.Image, height: int, width: int, filter_: Image.Resampling) -> Image.Image:
     """Resize the shorter side to fit and crop the centre, computing only what is kept."""
     if height == width:  # torchvision's Resize(int): the shorter side exact, the longer cut off
         short, long = sorted(image.size)

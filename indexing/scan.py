@@ -195,9 +195,7 @@ class Walk:
                     if self._excluded(member.name) or not self._included(member.name):
                         passed.append(member.name)
                     else:
-                        files.append(
-                            Seen(member.name, member.size, modified, member.offset_data)
-                        )
+                        files.append(Seen(member.name, member.size, modified, member.offset_data))
         except (OSError, tarfile.TarError) as error:
             self.problems.append((path, str(error)))
             self.left_alone.append(f"{path}!")

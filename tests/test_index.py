@@ -1,0 +1,317 @@
+"""The facade: what goes in comes out, whatever happened in between."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmsearch.core.errors import BadIndex, IndexBusy, InputError, StorageError
+from mmsearch.core.types import Grid, ImageFeatures
+from mmsearch.indexing.encoder import EncoderSpec
+from mmsearch.indexing.filters import Filters
+from mmsearch.indexing.images import decode
+from mmsearch.indexing.index import Events, ImageIndex
+from PIL import Image
+
+SPEC = EncoderSpec(
+    model="stand-in",
+    pretrained=None,
+    weights_hash="0" * 64,
+    patch_kind="aligned",
+    embed_dim=16,
+    patch_dim=6,
+    text_dim=6,
+    grid=Grid(2, 3),
+    input_size=(32, 32),
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    interpolation="bicubic",
+    resize_mode="shortest",
+)
+
+
+class StandIn:
+    """An encoder whose features are a fixed linear map of the pixels: exact in any batch."""
+
+    spec = SPEC
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        random = np.random.default_rng(0)
+        self._pooled = random.standard_normal((48, 16))
+        self._patches = random.standard_normal((48, 36))
+        self.encoded = 0
+
+    def encode_images(self, pixels: np.ndarray) -> ImageFeatures:
+        self.encoded += len(pixels)
+        small = pixels.reshape(-1, 4, 8, 4, 8, 3).mean((2, 4)).reshape(-1, 48) / 255  # (N, 48)
+        # One picture at a time: BLAS rounds differently for batches of another size.
+        pooled = np.stack([row @ self._pooled for row in small]).astype(np.float32)
+        pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
+        patches = np.stack([row @ self._patches for row in small]).reshape(-1, 6, 6)
+        return ImageFeatures(
+            torch.from_numpy(pooled), torch.from_numpy(patches.astype(np.float32)), SPEC.grid
+        )
+
+
+def make_pictures(folder: Path, count: int, start: int = 0) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number in range(start, start + count):
+        random = np.random.default_rng(number)
+        pixels = random.integers(0, 256, (4, 6, 3), dtype=np.uint8)
+        path = folder / f"{number:04d}.png"
+        Image.fromarray(pixels).resize((60 + number % 7, 40), Image.Resampling.NEAREST).save(path)
+        paths.append(path)
+    return paths
+
+
+def contents(index: ImageIndex) -> dict[str, tuple]:
+    """All an index says of its pictures, by path."""
+    ids, pooled = index.pooled()
+    patches = index.patches(ids.tolist())
+    stored = index._vectors.vectors(ids.tolist())
+    assert sorted(stored) == index._vectors.ids().tolist() == ids.tolist()
+    result = {}
+    for at, record in enumerate(index.records(ids.tolist())):
+        np.testing.assert_allclose(stored[record.id], pooled[at], atol=1e-6)
+        scales = b"" if patches.scales is None else patches.scales[at].numpy().tobytes()
+        result[record.path] = (
+            record,
+            pooled[at].tobytes(),
+            patches.codes[at].numpy().tobytes(),
+            scales,
+        )
+    return result
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    make_pictures(tmp_path / "photos", 12)
+    make_pictures(tmp_path / "photos" / "trips", 5, 100)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def index(tmp_path: Path):
+    with ImageIndex.create(tmp_path / "index", SPEC) as made:
+        yield made
+
+
+def test_what_goes_in_is_found(index, photos):
+    encoder = StandIn()
+    report = index.add([photos], encoder)
+    assert (report.added, report.failed, len(index)) == (17, 0, 17)
+    ids, pooled = index.pooled()
+    found = index.search(pooled, 5)
+    assert (found.ids[:, 0] == ids).all()
+    np.testing.assert_allclose(found.scores[:, 0], 1, atol=1e-5)
+    paths = {record.path for record in index.records(ids.tolist())}
+    assert str(photos / "trips" / "0100.png") in paths
+    path = photos / "0003.png"
+    features = encoder.encode_images(decode(path, SPEC.input_spec).pixels[None])
+    number = index.id_of(path)
+    assert number is not None
+    batch = index.patches([number, number])
+    error = (batch.values()[1] - features.patches[0]).abs()
+    assert (error <= batch.scales[1].float().unsqueeze(-1) * 0.51).all()
+
+
+def test_a_second_run_decodes_nothing(index, photos, monkeypatch):
+    index.add([photos], StandIn())
+    monkeypatch.setattr("mmsearch.indexing.pipeline.read_picture", None)
+    again = StandIn()
+    report = index.add([photos], again)
+    assert (report.added, report.unchanged, again.encoded) == (0, 17, 0)
+
+
+def test_moved_copied_changed_and_deleted_files(index, photos):
+    index.add([photos], StandIn())
+    before = contents(index)
+    (photos / "0000.png").rename(photos / "renamed.png")
+    shutil.copy(photos / "0001.png", photos / "copy.png")
+    (photos / "0002.png").unlink()
+    shutil.copy(photos / "0004.png", photos / "0003.png")
+    make_pictures(photos, 1, 500)
+    encoder = StandIn()
+    report = index.add([photos], encoder)
+    assert encoder.encoded == 1, "only the new picture needs the model"
+    assert (report.added, report.moved, report.removed) == (3, 1, 1)
+    after = contents(index)
+    assert after[str(photos / "renamed.png")][1:] == before[str(photos / "0000.png")][1:]
+    assert after[str(photos / "0003.png")][1:] == before[str(photos / "0004.png")][1:]
+    assert str(photos / "0002.png") not in after
+    with ImageIndex.create(index.path.parent / "fresh", SPEC) as fresh:
+        fresh.add([photos], StandIn())
+        assert contents(fresh) == after
+
+
+def test_missing_files_leave_below_the_named_paths_only(index, photos):
+    index.add([photos], StandIn())
+    (photos / "0000.png").unlink()
+    shutil.rmtree(photos / "trips")
+    assert index.add([photos], StandIn(), keep_missing=True).removed == 0
+    assert index.add([photos / "trips"], StandIn()).removed == 5
+    assert index.add([photos / "0000.png"], StandIn()).removed == 1
+    assert len(index) == 11
+    with pytest.raises(InputError, match="nowhere"):
+        index.add([photos / "nowhere"], StandIn())
+
+
+def test_excluded_files_stay_as_they_are(index, photos):
+    index.add([photos], StandIn())
+    report = index.add([photos], StandIn(), exclude=["trips/", "0001.png"])
+    assert (report.removed, len(index)) == (0, 17)
+    (photos / ".mmsearchignore").write_text("trips/\n")
+    assert index.add([photos], StandIn()).removed == 5
+
+
+def test_bad_pictures_are_remembered(index, photos):
+    (photos / "broken.jpg").write_bytes(b"no picture")
+    (photos / "empty.png").touch()
+    failures: list[str] = []
+    events = Events(failed=lambda path, reason: failures.append(path))
+    report = index.add([photos], StandIn(), on_event=events)
+    assert (report.added, report.failed) == (17, 2)
+    assert [Path(path).name for path in failures] == ["broken.jpg", "empty.png"]
+    assert [failure.reason for failure in index.failures()] == [
+        "not a picture in a known format",
+        "the file is empty",
+    ]
+    report = index.add([photos], StandIn())
+    assert (report.failed, report.unchanged) == (0, 19)
+    shutil.copy(photos / "0001.png", photos / "broken.jpg")
+    assert index.add([photos], StandIn()).added == 1
+    assert len(index.failures()) == 1
+    (photos / "0001.png").write_bytes(b"spoilt")
+    index.add([photos], StandIn())
+    assert index.id_of(photos / "0001.png") is None
+    assert len(contents(index)) == 17
+
+
+def test_stopping_keeps_what_is_done_and_the_next_run_goes_on(index, photos):
+    stop = threading.Event()
+    events = Events(advanced=lambda files: stop.set())
+    report = index.add([photos], StandIn(), batch_size=4, stop=stop, on_event=events)
+    assert report.interrupted
+    assert report.added == 4
+    assert report.left == 13
+    assert len(index) == 4
+    encoder = StandIn()
+    assert index.add([photos], encoder).added == 13
+    assert encoder.encoded == 13
+    assert len(contents(index)) == 17
+
+
+def test_filters(index, photos):
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0110] = "Canon", "Canon EOS 5D"
+    exif.get_ifd(0x8769)[0x9003] = "2021:07:01 10:00:00"
+    name = 'it\'s "quoted" %_ \\ 猫 \n.jpg'
+    Image.new("RGB", (40, 90), "red").save(photos / name, exif=exif)
+    index.add([photos], StandIn())
+    query = index.pooled()[1][:1]
+
+    def names(**wanted) -> set[str]:
+        found = index.search(query, 100, filters=Filters(**wanted)).ids[0]
+        return {Path(r.path).name for r in index.records(found[found >= 0].tolist())}
+
+    from datetime import datetime
+
+    assert len(index.search(query, 100, folder=photos / "trips").ids[0]) == 18
+    assert len(names(folder=photos / "trips")) == 5
+    assert len(names(folder=photos / "trip")) == 0
+    assert names(orientation="portrait") == {name}
+    assert names(camera="EOS") == {name}
+    assert names(extensions=["JPG"]) == {name}
+    assert names(until=datetime(2021, 7, 1, 10)) == {name}
+    assert names(since=datetime(2021, 7, 1, 10)) >= {name}
+    assert name not in names(since=datetime(2021, 7, 2))
+    assert names(min_width=66) == {"0006.png", "0104.png"}
+    assert (
+        index.search(query, 5, folder=Path(f"{photos}/x' or id > 0 or path == '")).ids[0, 0] == -1
+    )
+
+
+def test_odd_names(index, tmp_path):
+    folder = tmp_path / "odd \" ' \n 🐈"
+    (source,) = make_pictures(folder, 1)
+    odd = os.fsencode(str(folder)) + b"/caf\xe9.png"
+    os.rename(os.fsencode(str(source)), odd)
+    index.add([folder], StandIn())
+    ids, _ = index.pooled()
+    (record,) = index.records(ids.tolist())
+    assert os.fsencode(record.path) == odd
+    assert index.id_of(Path(record.path)) == record.id
+    assert index.search(index.pooled()[1], 1, folder=folder).ids.tolist() == [[record.id]]
+
+
+def test_tar_members(index, photos, tmp_path):
+    import tarfile
+
+    archive = tmp_path / "00.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(photos / "0001.png", "a/0001.png")
+        tar.add(photos / "0002.png", "b.png")
+    assert index.add([archive], StandIn()).added == 2
+    number = index.id_of(f"{archive}!a/0001.png")
+    assert number is not None
+    assert index.search(index.pooled()[1][:1], 5, folder=archive).ids[0].min() > 0
+    assert index.add([tmp_path / "photos"], StandIn()).added == 17
+    assert index.add([tmp_path], StandIn()).removed == 0, "the archive is still there"
+    archive.unlink()
+    assert index.add([tmp_path], StandIn()).removed == 2
+
+
+def test_one_process_at_a_time(index, tmp_path):
+    with pytest.raises(IndexBusy, match="since"):
+        ImageIndex.open(index.path)
+    index.close()
+    ImageIndex.open(index.path).close()
+
+
+def test_refusals(tmp_path, photos):
+    with pytest.raises(BadIndex, match="no index"):
+        ImageIndex.open(tmp_path / "nothing")
+    with pytest.raises(BadIndex, match="other things"):
+        ImageIndex.create(photos, SPEC)
+    index = ImageIndex.create(tmp_path / "index", SPEC)
+    index.close()
+    with pytest.raises(BadIndex, match="already"):
+        ImageIndex.create(tmp_path / "index", SPEC)
+    manifest = tmp_path / "index" / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"schema_version": 1', '"schema_version": 2'))
+    with pytest.raises(BadIndex, match="format 2"):
+        ImageIndex.open(tmp_path / "index")
+    manifest.write_text(text[:50])
+    with pytest.raises(BadIndex, match="damaged"):
+        ImageIndex.open(tmp_path / "index")
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError):
+        ImageIndex.create(tmp_path / "file", SPEC)
+
+
+def test_another_model_is_refused(index, photos):
+    from dataclasses import replace
+
+    other = StandIn()
+    other.spec = replace(SPEC, weights_hash="1" * 64)
+    with pytest.raises(BadIndex, match="stand-in"):
+        index.add([photos], other)
+
+
+@pytest.mark.parametrize("codes", ["int8", "int4", "fp16"])
+def test_survives_reopening(tmp_path, photos, codes):
+    with ImageIndex.create(tmp_path / "index", SPEC, patch_codes=codes) as index:
+        index.add([photos], StandIn())
+        before = contents(index)
+    with ImageIndex.open(tmp_path / "index") as index:
+        assert contents(index) == before
+        assert index.stats().images == 17
+        assert not index.stats().unfinished
