@@ -184,7 +184,10 @@ class Catalog:
             "SELECT name, id, size, mtime_ns, content IS NOT NULL FROM files WHERE folder = ?",
             os.fsencode(folder),
         )
-        return {os.fsdecode(name): Known(*rest[:3], bool(rest[3])) for name, *rest in rows}
+        return {
+            os.fsdecode(name): Known(number, size, mtime_ns, bool(settled))
+            for name, number, size, mtime_ns, settled in rows
+        }
 
     def folders_under(self, prefix: str) -> list[str]:
         """Return the folders at or below a prefix that hold known files."""

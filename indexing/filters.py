@@ -1,5 +1,8 @@
 """Which images a search may return, as a Milvus condition with its values kept apart from it."""
 
+# Paths here are text: any bytes that a file system allows must come through.
+# ruff: noqa: PTH100, PTH118
+
 from __future__ import annotations
 
 import json

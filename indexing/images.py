@@ -31,7 +31,7 @@ MAX_HEADER_PIXELS = 1 << 30  # of a JPEG before DCT scaling makes it small
 LARGE_PIXELS = 1 << 25  # above this, pictures are decoded one at a time to bound memory
 
 RAW_SUFFIXES = frozenset(
-    ".3fr .arw .cr2 .cr3 .dng .erf .kdc .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .sr2 .srf "
+    ".3fr .arw .cr2 .cr3 .dng .erf .kdc .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .sr2 .srf "  # noqa: SIM905
     ".srw .x3f".split()
 )
 
@@ -105,7 +105,8 @@ def decode(source: Path | bytes, spec: InputSpec, suffix: str = "") -> Picture:
         width, height = image.size
         facts, orientation = _read_exif(image)
         turned = orientation >= 5
-        wanted = spec.size[::-1] if turned else spec.size  # (height, width) as stored
+        high, wide = spec.size
+        wanted = (wide, high) if turned else spec.size  # (height, width) as stored
         _draft(image, wanted, spec.resize_mode)
         pixels = math.prod(image.size)
         if pixels > MAX_PIXELS:

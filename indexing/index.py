@@ -5,6 +5,9 @@ with ImageIndex.open(folder) as index:
     patches = index.patches(found.ids[0])
 """
 
+# Paths here are text: any bytes that a file system allows must come through.
+# ruff: noqa: PTH100, PTH118
+
 from __future__ import annotations
 
 import os
@@ -375,6 +378,22 @@ class ImageIndex:
             positions = [entry.content.position for entry in entries if entry.content]
             store.upsert(entries, self._shards.pooled(np.array(positions, np.int64).reshape(-1, 2)))
 
+    def reset_vectors(self) -> None:
+        """Make the Milvus collection anew and empty, whatever state it is in."""
+        self._vectors.close()
+        if self.manifest.milvus_uri is None:
+            shutil.rmtree(self.path / VECTORS, ignore_errors=True)
+        self._vectors.create()
+
+    def mark_finished(self) -> None:
+        """Say that catalog and Milvus agree."""
+        self._catalog.set_state(_UNFINISHED, None)
+
+    @property
+    def parts(self) -> tuple[Catalog, Shards, VectorStore]:
+        """The three places of storage, for checks and moves."""
+        return self._catalog, self._shards, self._vectors
+
     # Reading.
 
     def search(
@@ -447,6 +466,31 @@ class ImageIndex:
     def stats(self) -> IndexStats:
         """Count what the index holds."""
         return _stats(self.path, self.manifest, self._catalog)
+
+
+def read_plan(
+    path: Path,
+    paths: Sequence[Path],
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> Plan:
+    """Say what adding files to an index would do, even if it is yet to be made.
+
+    Raises:
+        BadIndex: the index is damaged.
+        InputError, UsageError: as ImageIndex.plan.
+    """
+    path = Path(os.path.abspath(path))
+    if (path / FILE_NAME).exists():
+        Manifest.read(path)
+        catalog = Catalog(path / CATALOG, read_only=True)
+    else:
+        catalog = Catalog(":memory:")
+    try:
+        return survey(catalog, paths, include, exclude)
+    finally:
+        catalog.close()
 
 
 def survey(

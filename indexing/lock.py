@@ -39,7 +39,7 @@ class IndexLock:
         if self._file is not None:
             return
         try:
-            file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115 - held open
+            file = self._path.open("a+", encoding="utf-8")
         except OSError as error:
             raise StorageError(
                 f"cannot write to the index folder {self._path.parent}: {error.strerror}",

@@ -57,7 +57,7 @@ class Manifest:
         path = folder / FILE_NAME
         part = path.with_suffix(".part")
         try:
-            with open(part, "w", encoding="utf-8") as file:
+            with part.open("w", encoding="utf-8") as file:
                 json.dump(fields, file, indent=2)
                 file.write("\n")
                 file.flush()

@@ -7,6 +7,9 @@ and two runs over the same files write the same rows. Pillow lets go of the inte
 it decodes, so threads decode in parallel and no picture is copied between processes.
 """
 
+# Paths here are text: any bytes that a file system allows must come through.
+# ruff: noqa: PTH100, PTH110, PTH118, PTH122
+
 from __future__ import annotations
 
 import os

@@ -4,6 +4,9 @@ A folder's path ends with the separator, an archive's with ``!``, so that path +
 the name by which a picture is known: ``/photos/cat.jpg``, ``/shards/00.tar!000123.jpg``.
 """
 
+# Paths here are text: any bytes that a file system allows must come through.
+# ruff: noqa: PTH112, PTH116, PTH118, PTH122, PTH123
+
 from __future__ import annotations
 
 import os
@@ -28,7 +31,7 @@ SKIPPED_FOLDERS = frozenset(
 # What Pillow with pillow-heif reads, and camera RAW; a test compares this with the libraries.
 # Named here so that a run that finds nothing new imports no decoder.
 PICTURE_SUFFIXES = frozenset(
-    ".apng .avif .avifs .blp .bmp .bw .cur .dcx .dds .dib .flc .fli .ftc .ftu .gbr .gif .heic "
+    ".apng .avif .avifs .blp .bmp .bw .cur .dcx .dds .dib .flc .fli .ftc .ftu .gbr .gif .heic "  # noqa: SIM905
     ".heics .heif .heifs .hif .icb .icns .ico .im .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg "
     ".jpx .mpo .msp .pbm .pcd .pcx .pfm .pgm .png .pnm .ppm .psd .pxr .qoi .ras .rgb .rgba .sgi "
     ".tga .tif .tiff .vda .vst .webp .xbm .xpm "

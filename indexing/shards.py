@@ -139,9 +139,9 @@ class LocalStorage:
     def append(self, name: str, at: int, rows: np.ndarray) -> None:
         """Write rows and wait for the disk."""
         path = self._folder / name
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
         try:
-            with open(os.open(path, flags, 0o644), "r+b") as file:
+            path.touch()
+            with path.open("r+b") as file:
                 start = at * (rows.nbytes // len(rows))
                 if file.seek(0, os.SEEK_END) < start:
                     raise BadIndex(
@@ -161,7 +161,7 @@ class LocalStorage:
 
     def names(self) -> list[str]:
         """List the folder."""
-        return sorted(os.listdir(self._folder)) if self._folder.is_dir() else []
+        return sorted(path.name for path in self._folder.glob("*.*"))
 
 
 class Shards:
@@ -302,7 +302,7 @@ def _by_shard(positions: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         yield int(shard), np.flatnonzero(positions[:, 0] == shard)
 
 
-def _checksum(pooled: np.ndarray, record: np.void) -> int:
+def _checksum(pooled: np.ndarray, record: np.ndarray | np.void) -> int:
     digest = xxhash.xxh3_64(pooled.tobytes())
     digest.update(record.tobytes()[:-8])  # all but the checksum itself, which comes last
     return digest.intdigest()

@@ -59,6 +59,7 @@ class VectorStore:
         self._index_type = index_type
         self._index_params = index_params or _INDEX_PARAMS.get(index_type, {})
         self._client: Any = None
+        self._found = False  # the collection, in this connection
         self._loaded = False
 
     @property
@@ -164,6 +165,7 @@ class VectorStore:
             if client.has_collection(self.collection):
                 client.drop_collection(self.collection)
             self._create(client)
+            self._found, self._loaded = True, False
 
     def exists(self) -> bool:
         """Say whether the collection is there."""
@@ -179,7 +181,8 @@ class VectorStore:
         """Disconnect; Milvus Lite finishes its background work and lets go of its file."""
         if self._client is None:
             return
-        client, self._client, self._loaded = self._client, None, False
+        client, self._client = self._client, None
+        self._found = self._loaded = False
         client.close()
         if self.is_lite:  # closing the client alone would keep the file's lock in this process
             from milvus_lite.server_manager import server_manager_instance
@@ -188,14 +191,15 @@ class VectorStore:
 
     def _open(self) -> Any:
         """Connect and make sure that the collection is there."""
-        if self._client is None and not self._connect().has_collection(self.collection):
-            if not self.is_lite:
+        client = self._connect()
+        if not self._found:
+            if not client.has_collection(self.collection):
                 raise BadIndex(
                     f"Milvus at {self.uri} has no collection {self.collection!r}",
                     "Rebuild it from the shards: mmsearch check --repair",
                 )
-            self._create(self._client)
-        return self._client
+            self._found = True
+        return client
 
     def _create(self, client: Any) -> None:
         from pymilvus import DataType

@@ -242,7 +242,7 @@ def test_odd_names(index, tmp_path):
     folder = tmp_path / "odd \" ' \n 🐈"
     (source,) = make_pictures(folder, 1)
     odd = os.fsencode(str(folder)) + b"/caf\xe9.png"
-    os.rename(os.fsencode(str(source)), odd)
+    source.rename(os.fsdecode(odd))
     index.add([folder], StandIn())
     ids, _ = index.pooled()
     (record,) = index.records(ids.tolist())

@@ -1,0 +1,326 @@
+"""``mmsearch index``: bring an index up to date with folders of pictures."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..core.errors import InputError, UsageError
+from .opening import index_dir, milvus_token, open_index
+from .options import (
+    DeviceOption,
+    IndexOption,
+    MilvusOption,
+    QuietOption,
+    VerboseOption,
+    WaitOption,
+)
+from .output import print_line, progress, say, warn
+
+if TYPE_CHECKING:
+    from ..indexing.encoder import Encoder
+    from ..indexing.index import Events, ImageIndex, IndexReport, Plan
+
+EXAMPLES = """
+Examples:
+
+    mmsearch index ~/Pictures
+
+    mmsearch index ~/Pictures --dry-run               # what would be done
+
+    mmsearch index ~/Pictures --exclude raw/ --exclude '*.gif'
+
+    mmsearch index ~/Pictures --model ViT-B-32 --pretrained laion2b_s34b_b79k
+
+    mmsearch index shards/*.tar                       # pictures in WebDataset archives
+
+    mmsearch index ~/Pictures --milvus http://milvus:19530 --index ~/team-index
+
+Run it again whenever pictures came, changed or went: only those are read. Hidden files, @eaDir and
+what a .mmsearchignore file names (in gitignore's syntax) are left out. Interrupt it at any time;
+the next run goes on where it was.
+
+Exit codes: 0 done (pictures that cannot be read are counted, see `mmsearch status --failed`),
+2 wrong command line, 4 no such file or no pictures, 5 index made with another model, 6 index in
+use, 7 model cannot be loaded, 8 disk full or Milvus not reached, 130 interrupted.
+"""
+_NAMED_FAILURES = 10  # named on the screen, unless --verbose; all are remembered
+
+
+def index(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PATH...", help="Folders, pictures and .tar archives.", show_default=False
+        ),
+    ],
+    index: IndexOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="NAME",
+            show_default="the index's, or auto for a new one",
+            help="auto, bundled, an open_clip name, hf-hub:ORG/NAME or local-dir:FOLDER.",
+        ),
+    ] = None,
+    pretrained: Annotated[
+        str | None,
+        typer.Option(
+            "--pretrained", metavar="TAG|FILE", help="Its weights. See `mmsearch models`."
+        ),
+    ] = None,
+    patch_kind: Annotated[
+        str,
+        typer.Option("--patch-kind", help="Patch features: aligned or penultimate (new index)."),
+    ] = "aligned",
+    patch_codes: Annotated[
+        str,
+        typer.Option("--patch-codes", help="How they are stored: int8, int4 or fp16 (new index)."),
+    ] = "int8",
+    include: Annotated[
+        list[str] | None,
+        typer.Option("--include", metavar="PATTERN", help="Take only these (gitignore syntax)."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option("--exclude", metavar="PATTERN", help="Leave these alone (gitignore syntax)."),
+    ] = None,
+    keep_missing: Annotated[
+        bool, typer.Option("--keep-missing", help="Keep pictures whose files are gone.")
+    ] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Start over: clear the index away first.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", "-n", help="Say what would be done and do nothing.")
+    ] = False,
+    device: DeviceOption = "auto",
+    precision: Annotated[
+        str,
+        typer.Option("--precision", help="auto (what the hardware does fast), fp32, bf16 or fp16."),
+    ] = "auto",
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size", min=1, show_default="suits the device", help="Pictures a step."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, show_default="one a core", help="Threads that decode."),
+    ] = None,
+    milvus: MilvusOption = None,
+    index_type: Annotated[
+        str,
+        typer.Option("--index-type", help="Milvus index (new index): HNSW, FLAT, IVF_SQ8, ..."),
+    ] = "HNSW",
+    wait: WaitOption = 0.0,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Make pictures searchable, or bring the index up to date with them."""
+    from ..indexing.index import ImageIndex, read_plan
+    from ..indexing.shards import PATCH_CODES
+
+    if patch_codes not in PATCH_CODES:
+        raise UsageError(
+            f"unknown --patch-codes {patch_codes!r}", f"Use one of {', '.join(PATCH_CODES)}."
+        )
+    folder = index_dir(index)
+    rules = {"include": include or (), "exclude": exclude or ()}
+    exists = (folder / "manifest.json").exists()
+    if dry_run:
+        plan = read_plan(folder, paths, **rules)
+        print_line(_describe_plan(plan, exists and not rebuild, keep_missing))
+        return
+    if not exists or rebuild:
+        _refuse_nothing(read_plan(folder, paths, **rules), paths, rebuild)
+        encoder, why = _new_encoder(
+            folder if rebuild and exists else None, model, pretrained, device, precision, patch_kind
+        )
+        say(f"{why}; another with --model, see `mmsearch models`", quiet=quiet)
+        opened = ImageIndex.create(
+            folder,
+            encoder.spec,
+            milvus_uri=milvus,
+            milvus_token=milvus_token(),
+            patch_codes=patch_codes,
+            index_type=index_type,
+            rebuild=rebuild,
+            wait=wait,
+        )
+        load = _already(encoder)
+    else:
+        opened = open_index(index, milvus, wait)
+        load = _loader(opened, model, pretrained, device, precision)
+    with opened, _stopping(quiet) as stop, _showing(quiet, verbose) as events:
+        report = opened.add(
+            paths,
+            load,
+            **rules,
+            keep_missing=keep_missing,
+            batch_size=batch_size,
+            workers=workers,
+            stop=stop,
+            on_event=events,
+        )
+    for path, reason in report.problems:
+        warn(f"{path}: {reason}")
+    if not quiet:
+        print_line(describe(report))
+    if report.interrupted:
+        say(f"interrupted with {report.left:,} files to go; the same command goes on from here")
+        raise typer.Exit(130)
+
+
+def describe(report: IndexReport) -> str:
+    """Put a run into one line."""
+    seconds = report.seconds
+    rate = (report.added + report.moved) / seconds if seconds > 0 else 0
+    parts = [
+        f"{report.added:,} added",
+        f"{report.moved:,} moved" if report.moved else "",
+        f"{report.unchanged:,} unchanged",
+        f"{report.removed:,} removed",
+        f"{report.failed:,} failed" + (" (mmsearch status --failed)" if report.failed else ""),
+    ]
+    line = ", ".join(part for part in parts if part) + f" in {_duration(seconds)}"
+    return line + (f" ({rate:,.0f} pictures/s)" if report.added > 1 else "")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _describe_plan(plan: Plan, exists: bool, keep_missing: bool) -> str:
+    new = plan.added if exists else plan.to_do + plan.unchanged
+    if not exists:
+        return f"would add {new:,} pictures to a new index"
+    gone = 0 if keep_missing else len(plan.missing)
+    return (
+        f"would read {new:,} new, {plan.changed:,} changed and {plan.retried:,} failed files, "
+        f"leave {plan.unchanged:,} as they are and remove {gone:,}"
+    )
+
+
+def _refuse_nothing(plan: Plan, paths: list[Path], rebuild: bool) -> None:
+    if not plan.to_do and not (rebuild and plan.unchanged):
+        for path, reason in plan.problems:
+            warn(f"{path}: {reason}")
+        raise InputError(
+            f"no pictures in {', '.join(map(str, paths))}",
+            "Name a folder with pictures; hidden files and those in .mmsearchignore do not count.",
+        )
+
+
+def _new_encoder(
+    old: Path | None,
+    model: str | None,
+    pretrained: str | None,
+    device: str,
+    precision: str,
+    patch_kind: str,
+) -> tuple[Encoder, str]:
+    """Load the model for a new index; one that is rebuilt keeps its model unless told otherwise."""
+    from ..core.errors import BadIndex
+    from ..indexing.encoder import load_encoder
+    from ..indexing.manifest import Manifest
+    from ..indexing.models import resolve_auto
+
+    if model is None and old is not None:
+        try:
+            spec = Manifest.read(old).encoder
+        except BadIndex:
+            pass  # rebuilding is what helps against that
+        else:
+            model, pretrained = spec.model, spec.pretrained
+    why = f"model {model}" + (f" ({pretrained})" if pretrained else "")
+    if model in (None, "auto"):
+        model, pretrained, why = resolve_auto()
+    encoder = load_encoder(
+        model, pretrained, device=device, precision=precision, patch_kind=patch_kind
+    )
+    return encoder, why
+
+
+def _already(encoder: Encoder):
+    return lambda: encoder
+
+
+def _loader(
+    opened: ImageIndex, model: str | None, pretrained: str | None, device: str, precision: str
+):
+    """Return what loads the index's model once there is something to embed."""
+
+    def load() -> Encoder:
+        from ..indexing.encoder import encoder_for, load_encoder
+
+        spec = opened.manifest.encoder
+        if model is None:
+            return encoder_for(spec, device, precision)
+        return load_encoder(
+            model, pretrained, device=device, precision=precision, patch_kind=spec.patch_kind
+        )
+
+    return load
+
+
+@contextmanager
+def _stopping(quiet: bool) -> Iterator[threading.Event]:
+    """Let the first Ctrl-C end the run after the batch in flight; the second ends it at once."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        stop.set()
+        say("stopping after the batch in flight; once more to stop at once", quiet=quiet)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _showing(quiet: bool, verbose: bool) -> Iterator[Events]:
+    """Show progress, stages and failures as they come."""
+    from ..indexing.index import Events
+
+    with progress(quiet=quiet) as bar:
+        task = bar.add_task("looking for pictures", total=None)
+        failures = 0
+
+        def planned(plan: Plan) -> None:
+            bar.update(task, description="indexing", total=plan.to_do or None)
+
+        def failed(path: str, reason: str) -> None:
+            nonlocal failures
+            failures += 1
+            if verbose or failures <= _NAMED_FAILURES:
+                warn(f"{path}: {reason}")
+            elif failures == _NAMED_FAILURES + 1:
+                say("more pictures fail; all are listed by mmsearch status --failed", quiet=quiet)
+
+        def stage(text: str) -> None:
+            bar.update(task, description=text)
+            if verbose:
+                say(text)
+
+        yield Events(
+            planned=planned,
+            advanced=lambda files: bar.advance(task, files),
+            failed=failed,
+            stage=stage,
+        )
