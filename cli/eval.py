@@ -17,7 +17,7 @@ import typer
 from rich.progress import Progress, TaskID
 from typer.core import TyperGroup
 
-from ..core.errors import BadIndex, GateFailed, UsageError
+from ..core.errors import GateFailed, UsageError
 from .eval_tables import accuracy_table, comparison_table, direction_table, latency_line
 from .opening import index_dir, milvus_token
 from .options import DeviceOption, IndexOption, MilvusOption, QuietOption, WaitOption
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ..evaluation.results import Document
     from ..indexing.encoder import EncoderSpec
     from ..indexing.index import ImageIndex
+    from ..indexing.index import Plan as AddPlan
     from ..rerank.scorers import Scorer
 
 LATENCY_QUERIES = 50  # asked one by one to time the stages
@@ -59,6 +60,10 @@ class _DefaultCommand(TyperGroup):
         if not args or args[0] not in self.commands:
             args = ["run", *args]
         return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return ("" if name == "run" else name), command, rest  # "Usage: mmsearch eval [OPTIONS]"
 
 
 eval_app = typer.Typer(cls=_DefaultCommand, rich_markup_mode="markdown", help="Measure retrieval.")
@@ -181,6 +186,8 @@ def run(
 
     Every caption is a query, its image the answer. Images that no index holds yet are embedded
     first: into --index if it is given, else into a cache that the next run reuses.
+
+    `mmsearch eval compare A.json B.json` sets runs side by side.
     """
     named = index if ctx.get_parameter_source("index").name == "COMMANDLINE" else None  # type: ignore[union-attr]
     if task is not None:
@@ -289,7 +296,7 @@ def _open_index(
     """
     from ..evaluation.gallery import cache_index_dir, missing_images
     from ..indexing.encoder import encoder_for, load_encoder
-    from ..indexing.index import ImageIndex
+    from ..indexing.index import Events, ImageIndex
 
     def open_at(folder: Path) -> ImageIndex:
         return ImageIndex.open(folder, milvus_uri=milvus, milvus_token=milvus_token(), wait=wait)
@@ -302,29 +309,33 @@ def _open_index(
             return opened
         opened.close()
     folder = named.expanduser() if named else cache_index_dir(captions, model, pretrained)
-    encoder = None
+    loaded = []
     if (folder / "manifest.json").exists():
         opened = open_at(folder)
-    elif named and folder.exists() and any(folder.iterdir()):
-        raise BadIndex(f"{folder} is not an index", "name an index, or a folder to make one in")
     else:
-        encoder = load_encoder(model, pretrained, device=device)
+        loaded.append(load_encoder(model, pretrained, device=device))
         opened = ImageIndex.create(
-            folder, encoder.spec, milvus_uri=milvus, milvus_token=milvus_token()
+            folder, loaded[0].spec, milvus_uri=milvus, milvus_token=milvus_token(), wait=wait
         )
     missing = missing_images(opened, captions.images)
-    if missing:
-        encoder = encoder or encoder_for(opened.manifest.encoder, device)
-        say(f"embedding {len(missing):,} files into {folder}", quiet=quiet)
-        with progress(quiet=quiet) as display:
-            embedded = _tracker(display)
+    with progress(quiet=quiet) as display:
+        bar = display.add_task("embed images", total=None)
+
+        def planned(plan: AddPlan) -> None:
+            display.update(bar, total=plan.to_do)
+            if plan.to_do:
+                say(f"embedding {plan.to_do:,} images into {folder}", quiet=quiet)
+
+        if missing:
             opened.add(
                 missing,
-                encoder,
-                on_event=lambda event: embedded("embed images", event.done, event.total),
+                lambda: loaded[0] if loaded else encoder_for(opened.manifest.encoder, device),
+                on_event=Events(
+                    planned=planned, advanced=lambda files: display.advance(bar, files)
+                ),
             )
-    else:
-        say(f"using the index in {folder}", quiet=quiet)
+        else:
+            say(f"using the index in {folder}", quiet=quiet)
     return opened
 
 

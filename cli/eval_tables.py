@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -27,14 +28,16 @@ def direction_table(direction: Direction) -> Table:
     )  # fmt: skip
 
     label = hit_label(direction)
-    shown = measures(direction)
+    # What else --json and the report have would not fit into 80 columns.
+    left_out = () if direction.single else ("recall@", "mrr")
+    shown = {key: name for key, name in measures(direction).items() if not key.startswith(left_out)}
     kind = "images" if direction.name == "t2i" else "captions"
     table = Table(
         title=f"{TITLES[direction.name]}: {len(direction.queries):,} queries over "
         f"{len(direction.documents):,} {kind}",
         title_justify="left",
         title_style="bold",
-        pad_edge=False,
+        box=SIMPLE_HEAD,
     )
     if len(direction.rows) > 1:
         table.caption = (
@@ -63,7 +66,7 @@ def direction_table(direction: Direction) -> Table:
                 continue
             each = row.differences[name]
             colour = "green" if each.low > 0 else "red" if each.high < 0 else "default"
-            small = f"{interval(each, name, '+')}\n{p_value(each.p)}"
+            small = f"{interval(each, name, '+')}\n{p_value(each.p)}".replace(" ", "")
             cells.append(f"[{colour}]{change(each)}[/]\n[dim]{small}[/]")
         table.add_row(f"{row.scorer}\n− coarse", *cells)
     return table
@@ -87,7 +90,9 @@ def accuracy_table(task: str, rows: Sequence[Accuracy]) -> Table:
     from ..evaluation.report import change, figure, interval, p_value
 
     scorers = list(dict.fromkeys(row.scorer for row in rows))
-    table = Table(title=f"{task}, accuracy", title_justify="left", title_style="bold")
+    table = Table(
+        title=f"{task}, accuracy", title_justify="left", title_style="bold", box=SIMPLE_HEAD
+    )
     table.add_column("subset")
     table.add_column("measure")
     table.add_column("trials", justify="right")
@@ -115,24 +120,26 @@ def accuracy_table(task: str, rows: Sequence[Accuracy]) -> Table:
     return table
 
 
-COMPARED = ("hit@1", "hit@5", "hit@10", "mrr", "ndcg@10", "median_rank")
+COMPARED = {"hit@1": "hit@1", "hit@10": "hit@10", "mrr": "MRR", "median_rank": "MedR"}
 
 
 def comparison_table(name: str, files: Sequence[Path], documents: Sequence[Document]) -> Table:
     """The runs of one direction side by side, hit@1 of each tested against the first run."""
-    from ..evaluation.report import figure, p_value
+    from ..evaluation.report import figure
     from ..evaluation.results import changes
 
     table = Table(
         title=f"{name}: hit@1 tested against {files[0].name}",
         title_justify="left",
         title_style="bold",
+        box=SIMPLE_HEAD,
     )
-    table.add_column("run")
-    table.add_column("system")
-    for measure in COMPARED:
-        table.add_column(measure.replace("median_rank", "MedR"), justify="right")
-    table.add_column("Δ hit@1", justify="right")
+    table.add_column("run", no_wrap=True)
+    table.add_column("system", no_wrap=True)
+    for label in COMPARED.values():
+        table.add_column(label, justify="right")
+    table.add_column("change", justify="right")
+    table.add_column("p", justify="right")
     table.add_column("queries", justify="right")
     for file, document in zip(files, documents, strict=True):
         if name not in document["directions"]:
@@ -148,9 +155,12 @@ def comparison_table(name: str, files: Sequence[Path], documents: Sequence[Docum
                 figure(row["metrics"][each]["value"], each) if each in row["metrics"] else "–"
                 for each in COMPARED
             ]
-            delta, queries = "–", f"{direction['queries']:,}"
+            tested = ["–", "–", f"{direction['queries']:,}"]
             if test := tests.get(row["scorer"]):
-                delta = f"{100 * test.difference.value:+.1f} [dim]{p_value(test.difference.p)}[/]"
-                queries += f" [dim]({test.shared:,} shared)[/]"
-            table.add_row(file.name, row["scorer"], *cells, delta, queries)
+                tested = [
+                    f"{100 * test.difference.value:+.1f}",
+                    f"{test.difference.p:.3f}",
+                    f"{test.shared:,}",
+                ]
+            table.add_row(file.name, row["scorer"], *cells, *tested)
     return table

@@ -34,7 +34,7 @@ def recall_curves(direction: Direction, label: str) -> str:
     """Draw hit@k over k for every row, with intervals where they were measured, as SVG."""
     ks = np.arange(1, direction.depth + 1)
     with rc_context(STYLE):
-        figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+        figure = Figure(figsize=(4.3, 3.4), layout="constrained")
         axes = figure.subplots()
         if len(direction.rows) > 1:
             ceiling = 100 * direction.ceiling.value
@@ -82,7 +82,7 @@ def rank_changes(direction: Direction) -> str:
     rng = np.random.default_rng(0)
     shift = np.exp(rng.uniform(-0.07, 0.07, (2, len(before))))  # equal ranks must not hide others
     with rc_context(STYLE):
-        figure = Figure(figsize=(4.0, 3.4), layout="constrained")
+        figure = Figure(figsize=(4.3, 3.4), layout="constrained")
         axes = figure.subplots()
         for name, colour, chosen in (
             ("better", BETTER, after < before),

@@ -20,7 +20,8 @@ from .texts import TextBank
 if TYPE_CHECKING:
     from ..rerank.scorers import Scorer
 
-QUERIES_AT_ONCE = 64
+QUERIES_AT_ONCE = 64  # texts with their candidates
+IMAGES_AT_ONCE = 512  # image queries: their candidates' texts then come up once, not once a block
 
 FetchPatches = Callable[[np.ndarray], PatchBatch]  # from gallery rows (M,) to their patches
 
@@ -49,7 +50,7 @@ def score_images(
         (Q, n) float32.
     """
     scores = np.empty((len(queries), n), dtype=np.float32)
-    for part in _blocks(len(queries)):
+    for part in _blocks(len(queries), QUERIES_AT_ONCE):
         images = coarse.order[part, :n]  # (B, n)
         scores[part] = _score(scorer, texts, queries[part], images, coarse.scores[part, :n], fetch)
         if on_block:
@@ -70,10 +71,10 @@ def score_texts(
 
     `queries` are gallery rows here and documents are rows of `texts`. Scorers take images a text,
     so the pairs of a block are turned round: each text that is a candidate of some image of the
-    block is asked about the images that have it.
+    block is asked once, about the images that have it.
     """
     scores = np.empty((len(queries), n), dtype=np.float32)
-    for part in _blocks(len(queries)):
+    for part in _blocks(len(queries), IMAGES_AT_ONCE):
         images = np.repeat(queries[part], n)  # (B * n,)
         cosines = coarse.scores[part, :n].ravel()  # (B * n,)
         distinct, inverse, counts = np.unique(
@@ -83,11 +84,12 @@ def score_texts(
         starts = np.cumsum(counts) - counts  # (U,)
         found = np.empty(len(images), dtype=np.float32)
         # Texts wanted by about as many images go together, so that little is padded.
-        for width in np.unique(2 ** np.ceil(np.log2(counts)).astype(int)):
-            some = np.flatnonzero((counts <= width) & (2 * counts > width))  # (u,)
-            columns = np.arange(width)
-            there = columns < counts[some, None]  # (u, width)
-            pairs = by_text[np.where(there, starts[some, None] + columns, starts[some, None])]
+        by_count = np.argsort(counts, kind="stable")  # (U,)
+        for at in range(0, len(distinct), QUERIES_AT_ONCE):
+            some = by_count[at : at + QUERIES_AT_ONCE]  # (u,)
+            columns = np.arange(counts[some].max())  # (w,)
+            there = columns < counts[some, None]  # (u, w)
+            pairs = by_text[starts[some, None] + np.where(there, columns, 0)]  # (u, w)
             block = _score(
                 scorer,
                 texts,
@@ -103,8 +105,8 @@ def score_texts(
     return scores
 
 
-def _blocks(total: int) -> list[slice]:
-    return [slice(at, at + QUERIES_AT_ONCE) for at in range(0, total, QUERIES_AT_ONCE)]
+def _blocks(total: int, size: int) -> list[slice]:
+    return [slice(at, at + size) for at in range(0, total, size)]
 
 
 def _score(
