@@ -196,7 +196,7 @@ def _open(content: bytes, suffix: str) -> Image.Image:
 def _open_raw(content: bytes) -> Image.Image:
     """Open a camera RAW file through the preview it holds, or develop it at half size."""
     try:
-        import rawpy
+        import rawpy  # pyright: ignore[reportMissingImports] - an extra
     except ImportError as error:
         raise MissingDecoder('camera RAW files need rawpy: pip install "mmsearch[raw]"') from error
     with rawpy.imread(BytesIO(content)) as raw:
@@ -305,7 +305,7 @@ def _fit(image: Image.Image, spec: InputSpec) -> Image.Image:
 
 
 def _cover(image: Image.Image, height: int, width: int, filter_: Image.Resampling) -> Image.Image:
-    """Resize the shorter side to fit and crop the centre, computing only what is kept."""
+    """Resize the shorter side to fit and crop the centre."""
     if height == width:  # torchvision's Resize(int): the shorter side exact, the longer cut off
         short, long = sorted(image.size)
         scaled_long = int(height * long / short)
@@ -316,6 +316,10 @@ def _cover(image: Image.Image, height: int, width: int, filter_: Image.Resamplin
         filter_ = Image.Resampling.BICUBIC
     left = round((full[0] - width) / 2.0)
     top = round((full[1] - height) / 2.0)
+    if math.prod(full) <= 4 * width * height:
+        scaled = image.resize(full, filter_)
+        return scaled.crop((left, top, left + width, top + height))
+    # A long strip: the same pixels but for rounding, and only those that are kept.
     across, down = image.width / full[0], image.height / full[1]
     box = (left * across, top * down, (left + width) * across, (top + height) * down)
     return image.resize((width, height), filter_, box=box)
@@ -329,7 +333,8 @@ def _read_exif(image: Image.Image) -> tuple[Facts, int]:
     """Read what EXIF says, as far as it can be read; the size is the stored one."""
     try:
         exif = image.getexif()
-        orientation = int(exif.get(ExifTags.Base.Orientation, 1))
+        orientation = exif.get(ExifTags.Base.Orientation, 1)
+        orientation = orientation if orientation in _UPRIGHT else 1
     except Exception:  # damaged metadata says nothing about the pixels
         return Facts(*image.size), 1
 
