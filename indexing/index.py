@@ -382,7 +382,7 @@ class ImageIndex:
         """Make the Milvus collection anew and empty, whatever state it is in."""
         self._vectors.close()
         if self.manifest.milvus_uri is None:
-            shutil.rmtree(self.path / VECTORS, ignore_errors=True)
+            _clear(self.path / VECTORS)
         self._vectors.create()
 
     def mark_finished(self) -> None:
@@ -564,8 +564,7 @@ def _make_room(path: Path, wait: float) -> None:
             for name in (FILE_NAME, f"{CATALOG}-wal", f"{CATALOG}-shm", CATALOG):
                 (path / name).unlink(missing_ok=True)
             for name in (SHARDS, VECTORS):
-                if (path / name).exists():
-                    shutil.rmtree(path / name)
+                _clear(path / name)
             (path / SHARDS).mkdir()
         finally:
             lock.release()
@@ -574,6 +573,13 @@ def _make_room(path: Path, wait: float) -> None:
             f"cannot write to the index folder {path}: {error.strerror}",
             "Give another with --index DIR.",
         ) from error
+
+
+def _clear(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _collection_name(path: Path) -> str:

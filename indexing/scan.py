@@ -150,10 +150,10 @@ class Walk:
             yield Folder(place.path, files, frozenset(passed))
             for entry in reversed(folders):
                 below = _Place(os.path.join(entry.path, ""), place.root_length, place.ignores)
-                if entry.is_symlink():
-                    links.append(below)
-                else:
+                if not entry.is_symlink():
                     stack.append(below)
+                elif not _contains(entry.path, place.path):
+                    links.append(below)
 
     def _sort(
         self, place: _Place, entries: list[os.DirEntry[str]]
@@ -232,6 +232,12 @@ class _Place(NamedTuple):
             if verdict is not None:
                 return verdict
         return False
+
+
+def _contains(link: str, folder: str) -> bool:
+    """Whether a link leads to the folder it lies in or one above: a loop, not a collection."""
+    target = os.path.join(os.path.realpath(link), "")
+    return os.path.join(os.path.realpath(folder), "").startswith(target)
 
 
 def is_picture_name(name: str) -> bool:

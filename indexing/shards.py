@@ -78,7 +78,8 @@ def quantise(patches: torch.Tensor, row: RowFormat) -> tuple[np.ndarray, np.ndar
     largest = _LARGEST[row.codes]
     scales = patches.abs().amax(-1) / largest  # (N, P)
     scales = scales.to(torch.float16)  # (N, P)
-    divisor = scales.to(patches.dtype).clamp_min(torch.finfo(torch.float16).tiny)  # (N, P)
+    divisor = scales.to(patches.dtype)  # (N, P)
+    divisor = divisor.masked_fill(divisor == 0, 1)  # (N, P)
     scaled = (patches / divisor.unsqueeze(-1)).round_()  # (N, P, C)
     codes = scaled.clamp_(-largest, largest).to(torch.int8).cpu().numpy()  # (N, P, C)
     if row.codes == "int4":

@@ -5,6 +5,7 @@ The only module that talks to Milvus. One code path: what differs is the URI and
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from .filters import NO_PLACE, NOT_TAKEN, Condition, milvus_text
 MAX_LIMIT = 16384  # of Milvus: results per query, and rows per page
 UPSERT_ROWS = 1000  # keeps a message far below gRPC's 64 MiB at any width
 _TEXT_BYTES = 8192
+_DISK_TROUBLE = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.EIO}
 
 _INDEX_PARAMS: dict[str, dict[str, Any]] = {
     "HNSW": {"M": 16, "efConstruction": 128},
@@ -319,9 +321,12 @@ def _lite_error(path: Path) -> Exception:
                 f"another program has {path} open",
                 "Let it finish, or wait for it with --wait SECONDS.",
             )
-        except OSError as error:
-            return StorageError(f"cannot open {path}: {error.strerror or error}")
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _DISK_TROUBLE:
+                return StorageError(
+                    f"cannot open {path}: {error.strerror}",
+                    "Make room, or make the folder writable.",
+                )
             return BadIndex(
                 f"{path} is damaged: {_first_line(error)}",
                 "Rebuild it from the shards: mmsearch check --repair",
