@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -121,6 +121,31 @@ def index(
         str,
         typer.Option("--index-type", help="Milvus index (new index): HNSW, FLAT, IVF_SQ8, ..."),
     ] = "HNSW",
+    index_params: Annotated[
+        str | None,
+        typer.Option(
+            "--index-params",
+            metavar="JSON",
+            show_default="good ones",
+            help="""How Milvus is to build it (new index), as '{"M": 32}'.""",
+        ),
+    ] = None,
+    partition_by: Annotated[
+        str,
+        typer.Option(
+            "--partition-by",
+            help="folder: keep vectors by folder, for --in on a server; or none (new index).",
+        ),
+    ] = "none",
+    shards: Annotated[
+        str | None,
+        typer.Option(
+            "--shards",
+            metavar="URL",
+            show_default="in the index folder",
+            help="Where patch features lie: s3://bucket/x, any fsspec URL, a folder (new index).",
+        ),
+    ] = None,
     wait: WaitOption = 0.0,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -133,6 +158,8 @@ def index(
         raise UsageError(
             f"unknown --patch-codes {patch_codes!r}", f"Use one of {', '.join(PATCH_CODES)}."
         )
+    parted = read_partition_by(partition_by)
+    built = read_index_params(index_params)
     folder = index_dir(index)
     rules = {"include": include or (), "exclude": exclude or ()}
     exists = (folder / "manifest.json").exists()
@@ -153,6 +180,9 @@ def index(
             milvus_token=milvus_token(),
             patch_codes=patch_codes,
             index_type=index_type,
+            index_params=built,
+            partition_by=parted,
+            shards=shards,
             rebuild=rebuild,
             wait=wait,
         )
@@ -178,6 +208,30 @@ def index(
     if report.interrupted:
         say(f"interrupted with {report.left:,} files to go; the same command goes on from here")
         raise typer.Exit(130)
+
+
+def read_partition_by(name: str) -> str:
+    """Check --partition-by."""
+    if name not in ("folder", "none"):
+        raise UsageError(f"unknown --partition-by {name!r}", "Use folder or none.")
+    return name
+
+
+def read_index_params(text: str | None) -> dict[str, Any] | None:
+    """Read --index-params."""
+    import json
+
+    if text is None:
+        return None
+    try:
+        params = json.loads(text)
+    except ValueError:
+        params = None
+    if not isinstance(params, dict):
+        raise UsageError(
+            f"--index-params {text!r} is no JSON object", """For instance '{"nlist": 4096}'."""
+        )
+    return params
 
 
 def describe(report: IndexReport) -> str:

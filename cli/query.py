@@ -14,7 +14,7 @@ from ..core.errors import InputError, UsageError
 from .hits import Format, default_format, read_queries, write_hits
 from .opening import open_index
 from .options import DeviceOption, IndexOption, MilvusOption, QuietOption, WaitOption
-from .output import say, stderr
+from .output import say, stderr, warn
 
 if TYPE_CHECKING:
     from ..rerank.searcher import Hit, Query, Searcher
@@ -106,7 +106,7 @@ def query(
     quiet: QuietOption = False,
 ) -> None:
     """Find pictures by words, by a picture, or by both."""
-    chosen = _one_format(
+    form = _one_format(
         {
             Format.json: as_json,
             Format.jsonl: as_jsonl,
@@ -127,7 +127,8 @@ def query(
         return Query(words, pictures, tuple(minus or []), image_weight)
 
     with open_index(index, milvus, wait) as opened:
-        searcher = Searcher(opened, "coarse" if no_rerank else scorer, device)
+        chosen = "coarse" if no_rerank else scorer
+        searcher = Searcher(opened, chosen, device, on_notice=warn)
         where = _known_folder(folder)
 
         def answer(batch: list[str]) -> list[tuple[str, list[Hit]]]:
@@ -142,10 +143,10 @@ def query(
             return list(zip(names, found, strict=True))
 
         if interactive:
-            _converse(searcher, answer, chosen, explain)
+            _converse(searcher, answer, form, explain)
             return
         results = answer(texts)
-    write_hits(results, chosen, explain=explain)
+    write_hits(results, form, explain=explain)
     if not any(hits for _, hits in results):
         say("nothing found", quiet=quiet)
         raise typer.Exit(1)

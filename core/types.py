@@ -56,6 +56,7 @@ class PatchBatch:
     codes: torch.Tensor  # (M, P, C) int8 | float16 | float32
     scales: torch.Tensor | None  # (M, P) float16 or None
     grid: Grid
+    present: torch.Tensor | None = None  # (M,) bool, False where there are none; None: all are
 
     def values(self) -> torch.Tensor:
         """Return the patches widened to float32, (M, P, C)."""

@@ -17,17 +17,18 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..core.errors import BadIndex, InputError, StorageError
 from ..core.types import Candidates, ImageRecord, PatchBatch
 from .catalog import Catalog, Failure
-from .filters import Condition, Filters
+from .filters import Condition, Filters, in_folders
 from .lock import IndexLock
 from .manifest import FILE_NAME, Manifest
 from .pipeline import Events, Job, Plan, Survey, Tally, run
+from .remote_shards import RemoteStorage, is_url
 from .scan import Rules, Walk, split_path
 from .shards import LocalStorage, Shards
 from .vectors import VectorStore
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["Events", "Failure", "Filters", "ImageIndex", "IndexReport", "IndexStats", "Plan"]
 
 CATALOG, SHARDS, VECTORS = "catalog.sqlite", "shards", "vectors.db"
+_MOST_FOLDERS = 1000  # named in one search, where the collection is kept by folder
 _UNFINISHED = "unfinished"  # set in the catalog while a run writes
 
 
@@ -92,13 +94,15 @@ class ImageIndex:
         except BaseException:
             self._lock.release()
             raise
-        self._shards = Shards(LocalStorage(path / SHARDS), manifest.row_format)
+        self._shards = Shards(_storage(path, manifest), manifest.row_format)
         self._vectors = VectorStore(
             manifest.milvus_uri or str(path / VECTORS),
             manifest.collection,
             manifest.encoder.embed_dim,
             token=milvus_token,
             index_type=manifest.index_type,
+            index_params=manifest.index_params,
+            by_folder=manifest.partition_by == "folder",
         )
 
     @classmethod
@@ -111,6 +115,9 @@ class ImageIndex:
         milvus_token: str | None = None,
         patch_codes: str = "int8",
         index_type: str = "HNSW",
+        index_params: dict[str, Any] | None = None,
+        partition_by: str = "none",
+        shards: str | None = None,
         rebuild: bool = False,
         wait: float = 0.0,
     ) -> ImageIndex:
@@ -123,6 +130,9 @@ class ImageIndex:
             milvus_token: "user:password" or an API key for it; never stored.
             patch_codes: "int8", "int4" or "fp16".
             index_type: HNSW, or another that the Milvus knows.
+            index_params: how Milvus is to build it; None for good ones.
+            partition_by: "folder" groups the vectors by folder, "none" does not.
+            shards: an fsspec URL or another folder for the shards.
             rebuild: clear away the index that is there.
             wait: seconds to wait for another process to let go of it.
 
@@ -135,11 +145,22 @@ class ImageIndex:
         if (path / FILE_NAME).exists() and not rebuild:
             raise BadIndex(f"there is an index in {path} already", "Open it, or use --rebuild.")
         _make_room(path, wait)
-        collection = "images" if milvus_uri is None else _collection_name(path)
-        manifest = Manifest(encoder, patch_codes, "cosine", milvus_uri, collection, index_type)
+        collection = "images" if milvus_uri is None else collection_name(path)
+        manifest = Manifest(
+            encoder,
+            patch_codes,
+            milvus_uri=milvus_uri,
+            collection=collection,
+            index_type=index_type,
+            index_params=index_params,
+            partition_by=partition_by,
+            shards=shards if shards is None or is_url(shards) else os.path.abspath(shards),
+        )
         index = cls(path, manifest, milvus_token=milvus_token, wait=wait)
         try:
             index._lock.acquire(wait)
+            if shards is not None:
+                _claim(_storage(path, manifest), shards, rebuild)
             index._vectors.create()
             manifest.write(path)
         except BaseException:
@@ -353,6 +374,14 @@ class ImageIndex:
             or self._catalog.ids_under(f"{path}!")
         )
 
+    def hold(self) -> None:
+        """Keep other processes from writing to the index until it is closed.
+
+        Raises:
+            IndexBusy: another process writes to it.
+        """
+        self._lock.acquire(self._wait)
+
     def reconcile(self) -> tuple[int, int]:
         """Make Milvus agree with the catalog, from the shards and without the model.
 
@@ -420,6 +449,11 @@ class ImageIndex:
         if folder is not None:
             wanted = replace(wanted, folder=folder)
         condition: Condition | None = wanted.condition()
+        if condition and folder is not None and self.manifest.partition_by == "folder":
+            path = os.path.abspath(folder)
+            below = self._catalog.folders_under(os.path.join(path, ""))
+            if 0 < len(below) <= _MOST_FOLDERS:
+                condition = in_folders(condition, below)
         found = self._vectors.search(pooled, max(1, min(limit, len(self))), condition)
         return self._known(found) if self._catalog.get_state(_UNFINISHED) else found
 
@@ -453,6 +487,14 @@ class ImageIndex:
             BadIndex: an id is not known, or its features are missing from the shards.
         """
         return self._shards.patches(self._catalog.positions(ids))
+
+    def patches_there(self, ids: Sequence[int]) -> PatchBatch:
+        """Return the same, with what cannot be read marked in ``PatchBatch.present``.
+
+        Raises:
+            BadIndex: an id is not known.
+        """
+        return self._shards.patches(self._catalog.positions(ids), allow_missing=True)
 
     def pooled(self) -> tuple[np.ndarray, np.ndarray]:
         """Return all ids (M,) ascending and pooled vectors (M, D) float32, for exact search."""
@@ -582,7 +624,26 @@ def _clear(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _collection_name(path: Path) -> str:
+def _storage(path: Path, manifest: Manifest) -> LocalStorage | RemoteStorage:
+    """Return where an index keeps its shards."""
+    place = manifest.shards
+    if place is not None and is_url(place):
+        return RemoteStorage(place)
+    return LocalStorage(path / SHARDS if place is None else Path(place))
+
+
+def _claim(storage: LocalStorage | RemoteStorage, place: str, rebuild: bool) -> None:
+    """Make sure that the shards of no other index lie there."""
+    if storage.names():
+        if not rebuild:
+            raise BadIndex(
+                f"there are shards in {place} already",
+                "Give the index a place of its own, or clear it with --rebuild.",
+            )
+        storage.clear()
+
+
+def collection_name(path: Path) -> str:
     """Name a collection on a shared server after the folder, uniquely."""
     import re
 

@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..core.errors import BadIndex, StorageError
 from ..core.types import Grid
@@ -26,6 +27,9 @@ class Manifest:
     milvus_uri: str | None = None  # None: Milvus Lite in the index folder
     collection: str = "images"
     index_type: str = "HNSW"
+    index_params: dict[str, Any] | None = None  # None: good ones for the type
+    partition_by: str = "none"  # or "folder"
+    shards: str | None = None  # an fsspec URL or a folder; None: in the index folder
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -53,6 +57,9 @@ class Manifest:
             "milvus_uri": self.milvus_uri,
             "collection": self.collection,
             "index_type": self.index_type,
+            "index_params": self.index_params,
+            "partition_by": self.partition_by,
+            "shards": self.shards,
         }
         path = folder / FILE_NAME
         part = path.with_suffix(".part")
@@ -100,6 +107,9 @@ class Manifest:
                 milvus_uri=fields["milvus_uri"],
                 collection=fields["collection"],
                 index_type=fields["index_type"],
+                index_params=fields.get("index_params"),
+                partition_by=fields.get("partition_by", "none"),
+                shards=fields.get("shards"),
                 schema_version=version,
             )
         except (KeyError, TypeError, AttributeError) as error:

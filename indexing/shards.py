@@ -12,10 +12,11 @@ the catalog says which of them count, so a torn tail is cut off by the next writ
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import xxhash
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 PATCH_CODES = ("int8", "int4", "fp16")
 SHARD_BYTES = 1 << 28  # a shard is closed once its patches are larger than this
+_FILE = re.compile(r"\d{6}\.(pooled|patches)")
 _LARGEST = {"int8": 127, "int4": 7}
 
 
@@ -87,6 +89,18 @@ def quantise(patches: torch.Tensor, row: RowFormat) -> tuple[np.ndarray, np.ndar
     return codes, scales.cpu().numpy()
 
 
+def stored_form(patches: torch.Tensor, row: RowFormat) -> PatchBatch:
+    """Return patch features (N, P, C) as they would come back from the shards."""
+    import torch
+
+    codes, scales = quantise(patches, row)
+    if row.codes == "int4":
+        codes = _unpack(codes, row.patch_dim)
+    return PatchBatch(
+        torch.from_numpy(codes), None if scales is None else torch.from_numpy(scales), row.grid
+    )
+
+
 def _pack(codes: np.ndarray) -> np.ndarray:
     """Two codes from -7 to 7 in a byte, the first in the low half."""
     if codes.shape[-1] % 2:
@@ -102,10 +116,20 @@ def _unpack(packed: np.ndarray, width: int) -> np.ndarray:
     return np.ascontiguousarray(codes[..., :width])
 
 
+class Rows(Protocol):
+    """The rows of a shard file: an array, or what reads them when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any:
+        """Return one row, or those of an array of row numbers."""
+        ...
+
+
 class Storage(Protocol):
     """Where shard files lie. Files grow by whole rows and are read by row."""
 
-    def rows(self, name: str, kind: np.dtype) -> np.ndarray:
+    def rows(self, name: str, kind: np.dtype) -> Rows:
         """Return all whole rows of a file, mapped rather than read; none if it is absent."""
         ...
 
@@ -140,6 +164,8 @@ class LocalStorage:
     def append(self, name: str, at: int, rows: np.ndarray) -> None:
         """Write rows and wait for the disk."""
         path = self._folder / name
+        if at == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
         try:
             path.touch()
             with path.open("r+b") as file:
@@ -164,6 +190,12 @@ class LocalStorage:
         """List the folder."""
         return sorted(path.name for path in self._folder.glob("*.*"))
 
+    def clear(self) -> None:
+        """Delete all shard files."""
+        for name in self.names():
+            if _FILE.fullmatch(name):
+                (self._folder / name).unlink()
+
 
 class Shards:
     """All shards of an index.
@@ -176,7 +208,7 @@ class Shards:
     def __init__(self, storage: Storage, row: RowFormat) -> None:
         self._storage = storage
         self.row = row
-        self._mapped: dict[str, np.ndarray] = {}
+        self._mapped: dict[str, Rows] = {}
 
     def append(
         self,
@@ -226,20 +258,31 @@ class Shards:
             result[places] = self._rows(f"{shard:06d}.pooled", self.row.pooled, positions, places)
         return result
 
-    def patches(self, positions: np.ndarray) -> PatchBatch:
+    def patches(self, positions: np.ndarray, *, allow_missing: bool = False) -> PatchBatch:
         """Read the patch features of images, in the order asked for.
 
         Args:
             positions: (M, 2) int64, shard and row of each image.
+            allow_missing: mark what cannot be read in ``PatchBatch.present`` instead of raising.
+
+        Raises:
+            BadIndex: rows are lacking. StorageError: they cannot be read.
         """
         import torch
+
+        present = np.ones(len(positions), bool)
 
         kind = self.row.patches
         codes = np.empty((len(positions), *kind["codes"].shape), kind["codes"].base)
         scaled = "scales" in (kind.names or ())
         scales = np.empty((len(positions), self.row.grid.size), "<f2") if scaled else None
         for shard, places in _by_shard(positions):
-            rows = self._rows(f"{shard:06d}.patches", kind, positions, places)
+            name = f"{shard:06d}.patches"
+            if allow_missing:
+                there = self._readable(name, kind, positions, places)
+                present[np.setdiff1d(places, there)] = False
+                places = there
+            rows = self._rows(name, kind, positions, places)
             codes[places] = rows["codes"]
             if scales is not None:
                 scales[places] = rows["scales"]
@@ -249,12 +292,30 @@ class Shards:
             codes=torch.from_numpy(codes),  # (M, P, C)
             scales=None if scales is None else torch.from_numpy(scales),  # (M, P)
             grid=self.row.grid,
+            present=None if present.all() else torch.from_numpy(present),  # (M,)
         )
+
+    def _readable(
+        self, name: str, kind: np.dtype, positions: np.ndarray, places: np.ndarray
+    ) -> np.ndarray:
+        """Return those of the places whose rows can be read."""
+        try:
+            self._rows(name, kind, positions, places)
+        except StorageError:
+            return places[:0]
+        except BadIndex:
+            if len(places) == 1:
+                return places[:0]
+            halves = np.array_split(places, 2)
+            return np.concatenate([self._readable(name, kind, positions, half) for half in halves])
+        return places
 
     def _rows(
         self, name: str, kind: np.dtype, positions: np.ndarray, places: np.ndarray
     ) -> np.ndarray:
         wanted = positions[places, 1]
+        if not len(wanted):
+            return np.empty((0, *kind.shape), kind.base)
         mapped = self._mapped.get(name)
         if mapped is None or wanted.max() >= len(mapped):
             mapped = self._mapped[name] = self._storage.rows(name, kind)

@@ -29,6 +29,7 @@ _INDEX_PARAMS: dict[str, dict[str, Any]] = {
     "HNSW": {"M": 16, "efConstruction": 128},
     "IVF_FLAT": {"nlist": 1024},
     "IVF_SQ8": {"nlist": 1024},
+    "SCANN": {"nlist": 1024},
 }
 
 
@@ -42,6 +43,7 @@ class VectorStore:
         token: "user:password" or an API key.
         index_type: HNSW, FLAT, or another the server knows.
         index_params: how to build it; None for good ones.
+        by_folder: group images by folder, so that a search in a few folders reads only theirs.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class VectorStore:
         token: str | None = None,
         index_type: str = "HNSW",
         index_params: dict[str, Any] | None = None,
+        by_folder: bool = False,
     ) -> None:
         self.uri = uri
         self.collection = collection
@@ -60,6 +63,7 @@ class VectorStore:
         self._token = token
         self._index_type = index_type
         self._index_params = index_params or _INDEX_PARAMS.get(index_type, {})
+        self._by_folder = by_folder
         self._client: Any = None
         self._found = False  # the collection, in this connection
         self._loaded = False
@@ -111,6 +115,9 @@ class VectorStore:
             vectors: (N, D) float32, theirs.
         """
         rows = [_row(entry, vector) for entry, vector in zip(entries, vectors, strict=True)]
+        if self._by_folder:
+            for row, entry in zip(rows, entries, strict=True):
+                row["folder"] = _fit(milvus_text(entry.folder))
         with self._errors():
             client = self._open()
             for start in range(0, len(rows), UPSERT_ROWS):
@@ -211,6 +218,10 @@ class VectorStore:
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=self._dim)
         for name in ("path", "extension", "camera"):
             schema.add_field(name, DataType.VARCHAR, max_length=_TEXT_BYTES)
+        if self._by_folder:
+            schema.add_field(
+                "folder", DataType.VARCHAR, max_length=_TEXT_BYTES, is_partition_key=True
+            )
         for name in ("size", "modified", "taken", "width", "height", "shape"):
             schema.add_field(name, DataType.INT64)
         for name in ("latitude", "longitude"):
@@ -237,6 +248,10 @@ class VectorStore:
             return {"metric_type": "COSINE", "params": {"ef": max(200, 2 * limit)}}
         if self._index_type.startswith("IVF"):
             return {"metric_type": "COSINE", "params": {"nprobe": 64}}
+        if self._index_type == "SCANN":
+            return {"metric_type": "COSINE", "params": {"nprobe": 64, "reorder_k": 2 * limit}}
+        if self._index_type == "DISKANN":
+            return {"metric_type": "COSINE", "params": {"search_list": max(200, 2 * limit)}}
         return {"metric_type": "COSINE", "params": {}}
 
     def _filter(self, client: Any, condition: Condition | None) -> dict[str, Any]:

@@ -38,6 +38,8 @@ def rerank(
 ) -> Reranked:
     """Order each query's candidates by the scorer; ties go by coarse score, then by id.
 
+    A candidate without patches (``PatchBatch.present``) keeps its coarse score.
+
     Candidates are permuted and nothing else: recall over all of them does not change.
 
     Args:
@@ -79,6 +81,9 @@ def _rerank_some(
     rows = inverse.reshape(candidates.ids.shape) - hidden  # (Q, N), -1 on padding
     wanted = distinct[hidden:].tolist()
     patches = fetch_patches(wanted) if scorer.needs_patches and wanted else None
+    if patches is not None and patches.present is not None:
+        there = patches.present.numpy()  # (M,)
+        rows = np.where((rows >= 0) & there[rows], rows, -1)  # (Q, N)
     if scorer.needs_patches and patches is None:
         scores, probability = coarse, None
     else:

@@ -11,23 +11,29 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.errors import BadIndex, InputError, UsageError
+import numpy as np
+
+from ..core.errors import BadIndex, InputError, MmsearchError, UsageError
 from .rerank import rerank
 from .scorers import default_scorer_name, load_scorer
 
 if TYPE_CHECKING:
     import torch
 
-    from ..core.types import ImageRecord
+    from ..core.types import ImageRecord, PatchBatch
     from ..indexing.encoder import Encoder, TextEncoder
     from ..indexing.filters import Filters
     from ..indexing.index import ImageIndex
     from .scorers import Scorer
+
+
+_ENCODE_AT_ONCE = 32  # pictures whose missing patches are computed together
 
 
 @dataclass(frozen=True)
@@ -64,16 +70,22 @@ class Searcher:
         index: an open index.
         scorer: a scorer's name; None takes the trained head that fits the index, else "coarse".
         device: as in ``choose_device``.
+        on_notice: told, once, that patch features are missing from the index.
 
     Raises:
         ModelError: the scorer is unknown or was trained for another encoder.
     """
 
     def __init__(
-        self, index: ImageIndex, scorer: str | None = None, device: str | None = None
+        self,
+        index: ImageIndex,
+        scorer: str | None = None,
+        device: str | None = None,
+        on_notice: Callable[[str], None] | None = None,
     ) -> None:
         self.index = index
         self._device = device
+        self._on_notice = on_notice
         self._spec = index.manifest.encoder
         self._heads = index.path / "heads"
         self.scorer_name = scorer or default_scorer_name(self._spec, self._heads)
@@ -140,13 +152,62 @@ class Searcher:
         # A query without words has nothing for the cross-attention to attend with.
         wordless = all(not query.text.strip() for query in queries)
         scorer = load_scorer("coarse", self._spec) if wordless else self.scorer
-        ranked = rerank(scorer, text, found, self.index.patches)
+        ranked = rerank(scorer, text, found, self._patches)
         if min_score is not None and ranked.probability is None:
             raise UsageError(
                 f"--min-score needs a match probability, and scorer {scorer.name!r} gives none",
                 "Use a trained scorer (see `mmsearch models --scorers`).",
             )
         return [self._hits(ranked, row, k, min_score) for row in range(len(queries))]
+
+    def _patches(self, ids: Sequence[int]) -> PatchBatch:
+        """Read patches; those that the shards lack are computed from the picture if it is there."""
+        import torch
+
+        from ..indexing.shards import stored_form
+
+        batch = self.index.patches_there(ids)
+        if batch.present is None:
+            return batch
+        missing = (~batch.present).nonzero().flatten().tolist()
+        pixels, places = [], []
+        for at, record in zip(missing, self.index.records([ids[i] for i in missing]), strict=True):
+            found = self._pixels_of(record)
+            if found is not None:
+                pixels.append(found)
+                places.append(at)
+        present = batch.present.clone()  # (M,)
+        for start in range(0, len(places), _ENCODE_AT_ONCE):
+            some = torch.tensor(places[start : start + _ENCODE_AT_ONCE])  # (B,)
+            features = self.image_encoder.encode_images(
+                np.stack(pixels[start : start + _ENCODE_AT_ONCE])
+            )
+            fresh = stored_form(features.patches, self.index.manifest.row_format)
+            batch.codes[some] = fresh.codes
+            if batch.scales is not None and fresh.scales is not None:
+                batch.scales[some] = fresh.scales
+            present[some] = True
+        if self._on_notice is not None:
+            left = len(missing) - len(places)
+            self._on_notice(
+                f"patch features of {len(missing)} pictures cannot be read from the index: "
+                f"{len(places)} computed from their files, {left} ranked by coarse score alone; "
+                "mend it with `mmsearch check --repair`"
+            )
+            self._on_notice = None
+        return dataclasses.replace(batch, present=present)
+
+    def _pixels_of(self, record: ImageRecord) -> np.ndarray | None:
+        """Return the model's view of a picture (H, W, 3), None if its file is gone or another."""
+        from ..indexing.images import decode
+
+        try:
+            status = os.stat(record.path)  # noqa: PTH116 - any bytes a file system allows
+            if (status.st_size, status.st_mtime_ns) != (record.size, record.mtime_ns):
+                return None
+            return decode(Path(record.path), self._spec.input_spec).pixels
+        except (OSError, MmsearchError):
+            return None
 
     def _hits(self, ranked, row: int, k: int, min_score: float | None) -> list[Hit]:
         places = [at for at, id_ in enumerate(ranked.ids[row]) if id_ >= 0]
@@ -192,8 +253,6 @@ class Searcher:
         return torch.stack(rows)
 
     def _encode_pictures(self, sources: Sequence[Path | bytes]) -> torch.Tensor:
-        import numpy as np
-
         from ..indexing.images import UndecodableImage, decode
 
         pixels = []

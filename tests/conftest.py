@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from .milvus_server import MilvusServer, why_no_server
 
 # Before any test imports a hub client: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -101,6 +103,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def tiny_model_dir(tiny_model: Callable[[str], Path]) -> Path:
     """The tiny ViT, the one most tests want: 64 px, 4 x 4 patches, D = 32."""
     return tiny_model("vit")
+
+
+@pytest.fixture(scope="session")
+def milvus_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusServer]:
+    """A running Milvus server that asks for a token; one for the whole session."""
+    if reason := why_no_server():
+        pytest.skip(reason)
+    server = MilvusServer(tmp_path_factory.mktemp("milvus"), authorization=True)
+    server.start()
+    yield server
+    server.kill()
 
 
 @pytest.fixture(autouse=True)
