@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
 import typer
 
-from . import models, query
+from . import check, index, models, query, remove, status
+from .eval import eval_app
 from .output import report_error
 
 _EPILOG = "Start with:  mmsearch index ~/Pictures  then  mmsearch query 'red car'"
@@ -46,13 +48,21 @@ def options(
     """
 
 
+app.command(epilog=index.EXAMPLES)(index.index)
 app.command(epilog=query.EXAMPLES)(query.query)
+app.command(epilog=status.EXAMPLES)(status.status)
+app.command(epilog=check.EXAMPLES)(check.check)
+app.command(epilog=remove.EXAMPLES)(remove.remove)
 app.command(epilog=models.EXAMPLES)(models.models)
+app.add_typer(eval_app, name="eval")
 
 
 def main() -> None:
     """Run the command line; domain errors become one line, a hint and an exit code."""
     debug = "--debug" in sys.argv[1:]
+    if not debug:
+        # Libraries log through the root logger, some of them with tracebacks of what they handle.
+        logging.basicConfig(handlers=[logging.NullHandler()])
     try:
         app(standalone_mode=True)
     except BaseException as error:
