@@ -172,7 +172,7 @@ def index(
         encoder, why = _new_encoder(
             folder if rebuild and exists else None, model, pretrained, device, precision, patch_kind
         )
-        say(f"{why}; another with --model, see `mmsearch models`", quiet=quiet)
+        say(why, quiet=quiet)
         opened = ImageIndex.create(
             folder,
             encoder.spec,
@@ -302,6 +302,7 @@ def _new_encoder(
     why = f"model {model}" + (f" ({pretrained})" if pretrained else "")
     if model in (None, "auto"):
         model, pretrained, why = resolve_auto()
+        why += "; choose another with --model, see `mmsearch models`"
     encoder = load_encoder(
         model, pretrained, device=device, precision=precision, patch_kind=patch_kind
     )

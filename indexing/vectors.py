@@ -265,7 +265,7 @@ class VectorStore:
         if self._client is None:
             import pymilvus
 
-            for name in ("pymilvus", "milvus_lite"):  # they log what is raised here anyway
+            for name in ("pymilvus", "milvus_lite", "grpc"):  # they log what is raised here anyway
                 logging.getLogger(name).setLevel(logging.CRITICAL)
             try:
                 self._client = pymilvus.MilvusClient(self.uri, token=self._token or "", timeout=30)
