@@ -47,6 +47,7 @@ def from_name(path: Path) -> str:
 
 
 def main() -> None:
+    """Command line."""
     ap = argparse.ArgumentParser(description=__doc__)
     ap.add_argument("root", type=Path)
     ap.add_argument("out", type=Path)
@@ -59,7 +60,11 @@ def main() -> None:
         if path.stat().st_size > 1_000_000:
             continue
         with Image.open(path) as img:
-            if img.width * img.height > 8_000_000 or min(img.size) < 48 or max(img.size) > 4 * min(img.size):
+            if (
+                img.width * img.height > 8_000_000
+                or min(img.size) < 48
+                or max(img.size) > 4 * min(img.size)
+            ):
                 continue
             meta = {k: str(v) for k, v in img.info.items() if isinstance(v, str)}
         raw = meta.get("Title", "")

@@ -26,7 +26,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 def prune(tokenizer: dict) -> tuple[dict, list[int]]:
     """A smaller tokenizer.json and, for each new id, the old one."""
     vocab: dict[str, int] = tokenizer["model"]["vocab"]
-    kept = [t for t in SPECIAL]
+    kept = list(SPECIAL)
     kept += [
         t for t, _ in sorted(vocab.items(), key=lambda kv: kv[1])
         if t.isascii() and t not in SPECIAL and not re.fullmatch(r"\[unused\d+\]", t)
@@ -44,6 +44,7 @@ def prune(tokenizer: dict) -> tuple[dict, list[int]]:
 
 
 def main() -> None:
+    """Command line."""
     ap = argparse.ArgumentParser(description=__doc__)
     ap.add_argument("checkpoint", type=Path)
     ap.add_argument("out", type=Path)

@@ -17,8 +17,14 @@ import torch
 from backbone import FoldedBack, load_lite2
 from store import Views
 from texts import (
-    imagenet_names, imagenet_text, load_minilm, load_tokenizer, plain_words, read_clipart,
-    read_flickr, teacher_embed,
+    imagenet_names,
+    imagenet_text,
+    load_minilm,
+    load_tokenizer,
+    plain_words,
+    read_clipart,
+    read_flickr,
+    teacher_embed,
 )  # fmt: skip
 from torch.nn import functional as F
 
@@ -37,6 +43,7 @@ def pooled(back: FoldedBack, views: Views, ids: list[int]) -> torch.Tensor:
 
 
 def main() -> None:
+    """Command line."""
     ap = argparse.ArgumentParser(description=__doc__)
     ap.add_argument("captions", type=Path)
     ap.add_argument("work", type=Path, help="holds flickr.csv, clipart.csv, fl/, cl/")
@@ -67,7 +74,8 @@ def main() -> None:
         print(name, {k: tuple(v.shape) for k, v in out.items() if k.startswith(name)}, flush=True)
     names = imagenet_names()
     out["class.text"] = F.normalize(
-        torch.stack([embed([imagenet_text(n, rng) for _ in range(4)]).mean(0) for n in names]), dim=-1
+        torch.stack([embed([imagenet_text(n, rng) for _ in range(4)]).mean(0) for n in names]),
+        dim=-1,
     )  # (1000, 384)
     words = plain_words(tok)
     out["word.text"] = embed(words)  # (W, 384)
@@ -82,7 +90,10 @@ def main() -> None:
     protos = (mean + step * (typical / step.norm(dim=1, keepdim=True))).clamp(min=0)
     out["class.feat"] = protos
     logits = protos @ model.classifier.weight.T.detach() + model.classifier.bias.detach()
-    print("prototypes classified as themselves", (logits.argmax(1) == torch.arange(1000)).float().mean())
+    print(
+        "prototypes classified as themselves",
+        (logits.argmax(1) == torch.arange(1000)).float().mean(),
+    )
     sure = out["fl.logits"].softmax(1).max(1)
     pick = (sure.values > 0.8).nonzero()[:, 0]
     real = F.normalize(out["fl.feat"][pick] - mean, dim=1)
@@ -98,7 +109,9 @@ def main() -> None:
     w_text = v[:DIM]  # (320, 384)
     x = torch.cat([out["fl.feat"][train["fl"]], out["cl.feat"][train["cl"]], protos])
     y = torch.cat([out["fl.mean"][train["fl"]], out["cl.mean"][train["cl"]], out["class.text"]])
-    weight = torch.cat([torch.ones(len(train["fl"])), torch.ones(len(train["cl"])), torch.ones(1000)])
+    weight = torch.cat(
+        [torch.ones(len(train["fl"])), torch.ones(len(train["cl"])), torch.ones(1000)]
+    )
     y = y @ w_text.T  # (N, 320)
     xw = x * weight[:, None]
     gram = xw.T @ x

@@ -84,7 +84,9 @@ class Pictures:
     path: list[str] = field(default_factory=list)
     split: list[str] = field(default_factory=list)
     texts: list[list[str]] = field(default_factory=list)
-    group: list[str] = field(default_factory=list)  # pictures of a group are not each other's negatives
+    group: list[str] = field(
+        default_factory=list
+    )  # pictures of a group are not each other's negatives
 
     def where(self, split: str) -> list[int]:
         """Indices of a split."""
@@ -154,7 +156,7 @@ def drop_words(ids: list[int], rng: random.Random, rate: float) -> list[int]:
     return [ids[0], *(kept or ids[1:-1]), ids[-1]]
 
 
-def cached(path: Path, make) -> torch.Tensor:  # noqa: ANN001
+def cached(path: Path, make) -> torch.Tensor:
     """Compute once, keep as .npy."""
     if not path.exists():
         np.save(path, make().numpy())

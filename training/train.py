@@ -26,8 +26,16 @@ from backbone import FoldedBack, load_lite2
 from init import recall
 from store import Views
 from texts import (
-    drop_words, encode_states, imagenet_names, imagenet_text, load_minilm, load_tokenizer,
-    mean_pool, plain_words, read_clipart, read_flickr,
+    drop_words,
+    encode_states,
+    imagenet_names,
+    imagenet_text,
+    load_minilm,
+    load_tokenizer,
+    mean_pool,
+    plain_words,
+    read_clipart,
+    read_flickr,
 )  # fmt: skip
 from torch import nn
 from torch.nn import functional as F
@@ -160,7 +168,9 @@ def evaluate(model: Dual, data: Data) -> dict[str, list[float]]:
                 sim = img @ txt.T  # (N, 5N)
                 mine = truth == torch.arange(len(val))[:, None]  # (N, T)
                 place = (sim > sim.masked_fill(~mine, -9).amax(1, keepdim=True)).sum(1)
-                out["flickr_i2t"] = [round(100 * (place < k).float().mean().item(), 2) for k in (1, 5, 10)]
+                out["flickr_i2t"] = [
+                    round(100 * (place < k).float().mean().item(), 2) for k in (1, 5, 10)
+                ]
             else:
                 first = {t: i for i, t in reversed(list(enumerate(pics.group[v] for v in val)))}
                 txt = model.text(data.ids(list(first)), 256)[0]
@@ -168,11 +178,14 @@ def evaluate(model: Dual, data: Data) -> dict[str, list[float]]:
                 mine = torch.tensor([[pics.group[v] == t for v in val] for t in first])
                 best = sim.masked_fill(~mine, -9).max(1).values[:, None]
                 place = ((sim > best) & ~mine).sum(1)
-                out["clipart"] = [round(100 * (place < k).float().mean().item(), 2) for k in (1, 5, 10)]
+                out["clipart"] = [
+                    round(100 * (place < k).float().mean().item(), 2) for k in (1, 5, 10)
+                ]
     return out
 
 
 def main() -> None:
+    """Command line."""
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     ap.add_argument("captions", type=Path)
     ap.add_argument("work", type=Path)

@@ -50,9 +50,7 @@ def random_view(img: Image.Image, rng: random.Random) -> torch.Tensor:
     """One augmented view, scaled to [-1, 1]."""
     torch.manual_seed(rng.getrandbits(31))
     top, left, h, w = v2.RandomResizedCrop.get_params(img, scale=(0.55, 1.0), ratio=(0.75, 1.333))
-    img = img.resize(
-        (SIZE, SIZE), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h)
-    )
+    img = img.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
     x = F.pil_to_tensor(img)  # (3, S, S)
     if rng.random() < 0.5:
         x = F.horizontal_flip(x)
@@ -72,6 +70,7 @@ def open_store(out: Path, views: int, pictures: int, create: bool) -> np.ndarray
 
 @torch.inference_mode()
 def main() -> None:
+    """Command line."""
     ap = argparse.ArgumentParser(description=__doc__)
     ap.add_argument("pictures", type=Path)
     ap.add_argument("out", type=Path)
@@ -93,7 +92,9 @@ def main() -> None:
         if (args.out / f"done.{view}.{part}").exists():
             continue
         rng = random.Random(1000 * view + part)
-        mine = [i for i in range(part, len(rows), parts) if view == 0 or rows[i]["split"] == "train"]
+        mine = [
+            i for i in range(part, len(rows), parts) if view == 0 or rows[i]["split"] == "train"
+        ]
         for at in range(0, len(mine), args.batch):
             ids = mine[at : at + args.batch]
             pics = [read_rgb(Path(rows[i]["path"])) for i in ids]
