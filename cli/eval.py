@@ -176,6 +176,10 @@ def run(
     pretrained: Annotated[
         str | None, typer.Option("--pretrained", metavar="TAG|FILE", help="Weights of --model.")
     ] = None,
+    precision: Annotated[
+        str,
+        typer.Option("--precision", help="For embedding: auto (what is fast), fp32, bf16 or fp16."),
+    ] = "auto",
     index: IndexOption = None,
     milvus: MilvusOption = None,
     device: DeviceOption = "auto",
@@ -194,8 +198,8 @@ def run(
         if data is None:
             raise UsageError("--task needs --data", "Give the folder of the published files.")
         _run_task(
-            task.value, data, images, scorer, limit, seed, json_file, model, pretrained, named,
-            device, quiet,
+            task.value, data, images, scorer, limit, seed, json_file, model, pretrained, precision,
+            named, device, quiet,
         )  # fmt: skip
         return
     if captions is None:
@@ -218,7 +222,9 @@ def run(
     old = read_json(baseline) if baseline else None
     _ensure_parents(json_file, report)
     read = read_captions(captions, images, split, strict, qrels)
-    opened = _open_index(read, named, index, milvus, model, pretrained, wait, device, quiet)
+    opened = _open_index(
+        read, named, index, milvus, model, pretrained, precision, wait, device, quiet
+    )
     with opened, progress(quiet=quiet) as display:
         read, pictures = open_gallery(opened, read, gallery is Searched.everything, strict)
         _tell_problems(read)
@@ -285,6 +291,7 @@ def _open_index(
     milvus: str | None,
     model: str,
     pretrained: str | None,
+    precision: str,
     wait: float,
     device: str,
     quiet: bool,
@@ -302,18 +309,24 @@ def _open_index(
         return ImageIndex.open(folder, milvus_uri=milvus, milvus_token=milvus_token(), wait=wait)
 
     own = index_dir(default)
-    if named is None and model == "auto" and (own / "manifest.json").exists():
+    if (
+        named is None
+        and (model, precision) == ("auto", "auto")
+        and (own / "manifest.json").exists()
+    ):
         opened = open_at(own)
         if not missing_images(opened, captions.images):
             say(f"using the index in {own}, which has all the images", quiet=quiet)
             return opened
         opened.close()
-    folder = named.expanduser() if named else cache_index_dir(captions, model, pretrained)
+    folder = (
+        named.expanduser() if named else cache_index_dir(captions, model, pretrained, precision)
+    )
     loaded = []
     if (folder / "manifest.json").exists():
         opened = open_at(folder)
     else:
-        loaded.append(load_encoder(model, pretrained, device=device))
+        loaded.append(load_encoder(model, pretrained, device=device, precision=precision))
         opened = ImageIndex.create(
             folder, loaded[0].spec, milvus_uri=milvus, milvus_token=milvus_token(), wait=wait
         )
@@ -329,7 +342,9 @@ def _open_index(
         if missing:
             opened.add(
                 missing,
-                lambda: loaded[0] if loaded else encoder_for(opened.manifest.encoder, device),
+                lambda: (
+                    loaded[0] if loaded else encoder_for(opened.manifest.encoder, device, precision)
+                ),
                 on_event=Events(
                     planned=planned, advanced=lambda files: display.advance(bar, files)
                 ),
@@ -423,6 +438,7 @@ def _run_task(
     json_file: Path | None,
     model: str,
     pretrained: str | None,
+    precision: str,
     index: Path | None,
     device: str,
     quiet: bool,
@@ -438,9 +454,9 @@ def _run_task(
         warn(f"{len(task.missing):,} images are not there; the first, {task.missing[0]}")
     _ensure_parents(json_file)
     if index:
-        encoder = encoder_for(Manifest.read(index).encoder, device)
+        encoder = encoder_for(Manifest.read(index).encoder, device, precision)
     else:
-        encoder = load_encoder(model, pretrained, device=device)
+        encoder = load_encoder(model, pretrained, device=device, precision=precision)
     loaded = _load_scorers(scorers, encoder.spec, device, index / "heads" if index else None)
     with progress(quiet=quiet) as display:
         rows = run_task(task, encoder, loaded, seed, _tracker(display))

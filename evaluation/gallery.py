@@ -31,14 +31,16 @@ class Gallery:
     fetch: Callable[[np.ndarray], PatchBatch]  # rows of the gallery -> their patches
 
 
-def cache_index_dir(captions: CaptionSet, model: str, pretrained: str | None) -> Path:
+def cache_index_dir(
+    captions: CaptionSet, model: str, pretrained: str | None, precision: str
+) -> Path:
     """Where the embedded images of a caption set are kept when no index is named.
 
     The same images with the same model come to the same place, whichever captions are asked.
     """
     root = captions.source if captions.source.is_dir() else captions.source.parent
     folder = captions.images[0].parent
-    key = "\0".join([str(root), str(folder), model, pretrained or ""])
+    key = "\0".join([str(root), str(folder), model, pretrained or "", precision])
     return cache_dir() / "eval" / f"{folder.name}-{sha256(key.encode()).hexdigest()[:12]}"
 
 
