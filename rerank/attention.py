@@ -15,7 +15,8 @@ and weights, so that int8 codes are only converted, never rescaled.
 
 Shapes: G texts, each with N candidate pictures of P patches; T tokens; H heads of width d; W = H d
 the width of a text state; C the width of a patch. States that do not depend on the candidate yet
-have n = 1 in place of N, and whatever is computed from them is computed once a text.
+have n = 1 in place of N, and whatever is computed from them is computed once a text. Likewise a
+context whose N pictures are the same for all texts has 1 in place of G.
 """
 
 from __future__ import annotations
@@ -81,15 +82,16 @@ class CrossAttention(nn.Module):
             (G, N, T, W)
         """
         tokens, (patches, width) = states.shape[2], context.codes.shape[2:]
-        cheaper = absorption_is_cheaper(tokens, patches, width, states.shape[3], self.heads)
+        texts = states.shape[0] / context.codes.shape[0]  # that share a projected picture
+        cheaper = absorption_is_cheaper(tokens, patches, width, states.shape[3], self.heads, texts)
         return self.absorbed(states, context) if cheaper else self.projected(states, context)
 
     def projected(self, states: Tensor, context: Context) -> Tensor:
         """Project every patch to keys and values, then attend. Shapes as in ``forward``."""
-        candidates = context.codes.shape[1]
-        query = self._query(states).expand(-1, candidates, -1, -1, -1)  # (G, N, H, T, d)
-        key = self._project(self.k_proj, context)  # (G, N, H, P, d)
-        value = self._project(self.v_proj, context)  # (G, N, H, P, d)
+        shape = (states.shape[0], context.codes.shape[1], -1, -1, -1)
+        query = self._query(states).expand(shape)  # (G, N, H, T, d)
+        key = self._project(self.k_proj, context).expand(shape)  # (G, N, H, P, d)
+        value = self._project(self.v_proj, context).expand(shape)  # (G, N, H, P, d)
         bias = None if context.bias is None else context.bias[:, :, None, None]  # (G, N, 1, 1, P)
         pooled = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, scale=1.0
@@ -158,12 +160,14 @@ class CrossAttention(nn.Module):
         return raw + self._place(projection, context)
 
 
-def absorption_is_cheaper(tokens: int, patches: int, context: int, width: int, heads: int) -> bool:
+def absorption_is_cheaper(
+    tokens: int, patches: int, context: int, width: int, heads: int, texts: float = 1.0
+) -> bool:
     """Compare the multiplications of the two forms for one text and one picture.
 
-    Projected: keys and values of every patch, then attention at width W. Absorbed: the query folded
-    and the pooled vectors projected, and attention at width H C.
+    Projected: keys and values of every patch, shared by ``texts`` texts, then attention at width W.
+    Absorbed: the query folded and the pooled vectors projected, and attention at width H C.
     """
-    projected = 2 * patches * context * width + 2 * tokens * patches * width
+    projected = 2 * patches * context * width / texts + 2 * tokens * patches * width
     absorbed = 2 * tokens * context * width + 2 * tokens * patches * (heads * context + width)
     return absorbed < projected

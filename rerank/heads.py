@@ -88,7 +88,8 @@ class Head(nn.Module, ABC):
         Args:
             tokens: (G, T, C_text).
             mask: (G, T) bool.
-            patches: (G, N, P, C), codes or values: only their direction counts.
+            patches: (G, N, P, C), codes or values: only their direction counts; (1, N, P, C) for
+                candidates that all texts share.
 
         Returns:
             rank (G, N), match (G, N), token_weights (G, N, T).
@@ -257,8 +258,9 @@ class TwoStreamHead(Head):
 
     def streams(self, tokens: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Return text states (G, N, T, W) and image states (G, N, P, W) before any block."""
-        image = self.image_proj(context.values())  # (G, N, P, W)
-        return self.embed(tokens).expand(-1, image.shape[1], -1, -1), image
+        image = self.image_proj(context.values())  # (G or 1, N, P, W)
+        text = self.embed(tokens).expand(-1, image.shape[1], -1, -1)  # (G, N, T, W)
+        return text, image.expand(len(tokens), -1, -1, -1)
 
     def context_layers(self) -> list[nn.Linear]:
         """Return the image projection."""

@@ -116,34 +116,46 @@ class HeadScorer:
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.head = head.to(device, self.dtype)
 
-    @torch.inference_mode()
     def score(
         self, text: TextFeatures, patches: PatchBatch | None, rows: Tensor, coarse: Tensor
     ) -> Scores:
-        """Judge all pairs, texts of one length together, so that nothing is padded."""
+        """Fuse the head's terms with the cosine; a picture without patches gets a mean term."""
         assert patches is not None
         fusion, calibration = self.card.fusion, self.card.calibration
-        rank = torch.full(rows.shape, fusion.offset, device=self.device)  # (Q, N)
-        match = torch.full(rows.shape, torch.nan, device=self.device)  # (Q, N)
-        codes = self._to_device(patches.codes)  # (M, P, C)
-        tokens = self._to_device(text.tokens).to(self.dtype)  # (Q, T, C_text)
+        rank, match = self.judge(text, patches.codes, rows)  # (Q, N), (Q, N)
         there = rows >= 0  # (Q, N)
-        safe = self._to_device(rows.clamp_min(0))  # (Q, N)
-        if len(codes):
-            room = max(1, VALUES_AT_ONCE.get(self.device.type, 1 << 22) // codes[0].numel())
-            for queries, length, columns in _batches(text.mask, rows.shape[1], room):
-                chosen = safe[queries, columns]  # (G, n)
-                said = tokens[queries, :length]  # (G, T, C_text), T = length: no padding
-                mask = said.new_ones(said.shape[:2], dtype=torch.bool)  # (G, T)
-                output = self.head.judge(said, mask, codes[chosen])
-                rank[queries, columns] = output.rank.float()  # (G, n)
-                match[queries, columns] = output.match.float()  # (G, n)
-        rank, match = rank.cpu(), match.cpu()
         rank = torch.where(there, rank, fusion.offset)  # (Q, N)
         fused = fusion.scale * coarse + fusion.weight * rank  # (Q, N)
         logit = calibration.slope * match + calibration.coarse * coarse + calibration.bias
-        probability = torch.where(there, logit.sigmoid(), torch.nan)  # (Q, N)
-        return Scores(fused, probability)
+        return Scores(fused, torch.where(there, logit.sigmoid(), torch.nan))
+
+    @torch.inference_mode()
+    def judge(self, text: TextFeatures, codes: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Judge pairs, texts of one length together, so that nothing is padded.
+
+        Args:
+            text: Q texts.
+            codes: (M, P, C) stored patches.
+            rows: (Q, N) long, the picture of each pair; -1 for none.
+
+        Returns:
+            Rank term and match logit on the CPU, (Q, N) each; zero where there is no picture.
+        """
+        rank = torch.zeros(rows.shape, device=self.device)  # (Q, N)
+        match = torch.zeros_like(rank)  # (Q, N)
+        if len(codes) == 0 or rows.numel() == 0:
+            return rank.cpu(), match.cpu()
+        codes = self._to_device(codes)  # (M, P, C)
+        tokens = self._to_device(text.tokens).to(self.dtype)  # (Q, T, C_text)
+        safe = self._to_device(rows.clamp_min(0))  # (Q, N)
+        room = max(1, VALUES_AT_ONCE.get(self.device.type, 1 << 22) // codes[0].numel())
+        for queries, length, columns in _batches(text.mask, rows.shape[1], room):
+            said = tokens[queries, :length]  # (G, T, C_text), T = length: no padding
+            mask = said.new_ones(said.shape[:2], dtype=torch.bool)  # (G, T)
+            output = self.head.judge(said, mask, codes[safe[queries, columns]])
+            rank[queries, columns] = output.rank.float()  # (G, n)
+            match[queries, columns] = output.match.float()  # (G, n)
+        return rank.cpu(), match.cpu()
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         """Copy without waiting: pinned memory lets CUDA overlap the copy with its work."""

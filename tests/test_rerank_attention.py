@@ -147,6 +147,14 @@ def test_judging_many_candidates_equals_judging_pairs(head):
         torch.testing.assert_close(many.rank[:, n], pairs.rank, atol=1e-5, rtol=1e-5)
 
 
+def test_texts_may_share_their_candidates(head):
+    tokens, mask = torch.randn(4, 5, 12), torch.ones(4, 5, dtype=torch.bool)
+    patches = torch.randn(1, 3, 6, 10)
+    shared = head.judge(tokens, mask, patches).rank
+    own = head.judge(tokens, mask, patches.expand(4, -1, -1, -1)).rank
+    torch.testing.assert_close(shared, own, atol=1e-5, rtol=1e-5)
+
+
 def test_only_the_direction_of_a_patch_counts(head):
     tokens, mask = torch.randn(2, 4, 12), torch.ones(2, 4, dtype=torch.bool)
     codes = torch.randint(-127, 128, (2, 6, 10), dtype=torch.int8)

@@ -1,0 +1,456 @@
+"""Train a head on captioned pictures of an index.
+
+A step takes one group of K pictures that the coarse stage confuses, one caption each, and judges
+all K x K pairs. The right caption must win among the group's captions and the right picture among
+its pictures (listwise loss, both directions), the match logit must tell pairs from non-pairs, and
+each picture must prefer its caption to one broken by a rule.
+
+Groups are drawn anew each epoch around the captions of that epoch, from a pool of neighbours that
+narrows as training goes. Weights are averaged over steps, and the average is what is validated.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..core.errors import InputError, ModelError
+from .checkpoint import Calibration, Fusion, HeadCard, save_head
+from .dataset import TrainingSet
+from .fitting import Fit, Judged, calibrate, fit_fusion, paired_p
+from .heads import Head, HeadConfig, build_head
+from .scorers import HeadScorer
+
+if TYPE_CHECKING:
+    from ..indexing.encoder import EncoderSpec
+
+CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
+CONTEXT_SAMPLE = 512  # pictures whose patches set the head's starting point
+QUERIES_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to train; the defaults are what docs/rerank.md found best."""
+
+    kind: str = "cross"
+    width: int = 256
+    heads: int = 4
+    depth: int = 2
+    dropout: float = 0.1
+    epochs: int = 12
+    group: int = 16  # K, pictures judged together
+    pool: int = 96  # nearest pictures a group is drawn from, at first
+    pool_end: int = 32  # and at the end
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.05
+    averaging: float = 0.995  # decay of the weight average
+    match_weight: float = 0.5
+    text_negatives: bool = True
+    coarse_in_loss: bool | None = None  # None: unless the encoder has seen the training pictures
+    patience: int = 4  # epochs without a better validation before stopping
+    candidates: int = 50  # N of the validation
+    val_queries: int = 1000  # of each epoch; the last validation takes all
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """A step of training."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float  # running mean
+
+
+@dataclass(frozen=True)
+class EpochDone:
+    """An epoch and its validation; percentages of queries over the val pictures."""
+
+    epoch: int
+    epochs: int
+    loss: float
+    r1: float
+    coarse_r1: float
+    best: bool
+    seconds: float
+
+
+Event = StepDone | EpochDone
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trained head and whether it earns its place."""
+
+    head: Head
+    card: HeadCard
+    history: list[dict[str, Any]]
+
+    @property
+    def beats_coarse(self) -> bool:
+        """Better recall at 1 on val than the coarse order, and not by chance (p < 0.05)."""
+        figures = self.card.figures
+        return figures["r1"] > figures["r1_coarse"] and figures["p"] < 0.05
+
+
+def train_head(
+    data: TrainingSet,
+    encoder: EncoderSpec,
+    options: TrainOptions,
+    folder: Path,
+    *,
+    name: str,
+    device: torch.device,
+    resume: bool = False,
+    on_event: Callable[[Event], None] | None = None,
+) -> Outcome:
+    """Train until the validation stops getting better, and write the head to ``folder``.
+
+    Args:
+        data: from ``build_training_set``.
+        encoder: what the features come from.
+        options: see TrainOptions.
+        folder: gets head.safetensors, config.json, metrics.jsonl and checkpoint.pt.
+        name: what the head will be called.
+        device: where to train.
+        resume: go on from the folder's checkpoint, to the same result as without the break.
+        on_event: called after each step and each epoch.
+
+    Raises:
+        ModelError: there is no checkpoint to resume, or it is of other options.
+        InputError: the loss is not a number.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    seen = _seen_by_encoder(data)
+    with_coarse = not seen if options.coarse_in_loss is None else options.coarse_in_loss
+    run = _Run(data, encoder, options, device, with_coarse)
+    if resume:
+        run.load(folder / CHECKPOINT)
+    else:
+        (folder / METRICS).write_text("")
+    while run.epoch < options.epochs and run.stale < options.patience:
+        row = run.one_epoch(on_event)
+        with (folder / METRICS).open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
+        run.save(folder / CHECKPOINT)
+    head = build_head(run.config)
+    head.load_state_dict(run.best)
+    outcome = _finish(head.eval(), data, encoder, options, name, device, run.history)
+    save_head(folder, outcome.head, outcome.card)
+    return outcome
+
+
+class _Run:
+    """The state of a training run: everything a checkpoint holds."""
+
+    def __init__(
+        self,
+        data: TrainingSet,
+        encoder: EncoderSpec,
+        options: TrainOptions,
+        device: torch.device,
+        with_coarse: bool,
+    ) -> None:
+        self.data, self.options, self.device = data, options, device
+        self.with_coarse = with_coarse
+        self.config = HeadConfig(
+            options.kind,
+            encoder.text_dim,
+            encoder.patch_dim,
+            encoder.grid,
+            options.width,
+            options.heads,
+            options.depth,
+            dropout=options.dropout,
+        )
+        torch.manual_seed(options.seed)
+        self.head = build_head(self.config)
+        self.head.fit_context(data.codes[data.train[:CONTEXT_SAMPLE]])
+        self.head.to(device)
+        self.average = copy.deepcopy(self.head).eval().requires_grad_(False)
+        self.log_scale = nn.Parameter(torch.tensor(3.0, device=device))  # of the cosine
+        decayed = [each for each in self.head.parameters() if each.ndim > 1]
+        others = [each for each in self.head.parameters() if each.ndim <= 1]
+        self.optimiser = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": options.weight_decay},
+                {"params": [*others, self.log_scale], "weight_decay": 0.0},
+            ],
+            lr=options.learning_rate,
+            betas=(0.9, 0.98),
+        )
+        self.epoch, self.stale, self.steps = 0, 0, 0
+        self.best_value = -1.0
+        self.best: dict[str, Tensor] = {}
+        self.history: list[dict[str, Any]] = []
+        self.by_picture = [
+            rows.tolist()
+            for rows in np.split(
+                np.argsort(data.owner, kind="stable"),
+                np.cumsum(np.bincount(data.owner, minlength=len(data.pooled)))[:-1],
+            )
+        ]
+
+    def one_epoch(self, on_event: Callable[[Event], None] | None) -> dict[str, Any]:
+        """Train one epoch and validate; a run broken off between epochs goes on the same."""
+        options = self.options
+        start = time.perf_counter()
+        rng = random.Random(f"{options.seed}-{self.epoch}")
+        torch.manual_seed(options.seed * 1000 + self.epoch)
+        groups = list(self._groups(rng))
+        running = 0.0
+        self.head.train()
+        for at, captions in enumerate(groups):
+            done = (self.epoch + at / len(groups)) / options.epochs
+            for part in self.optimiser.param_groups:
+                part["lr"] = options.learning_rate * _schedule(self.steps, done)
+            loss = self._step(captions)
+            running += (loss - running) / (at + 1)
+            if on_event:
+                on_event(StepDone(self.epoch, options.epochs, at + 1, len(groups), running))
+        self.epoch += 1
+        fit = self._validate()
+        r1, coarse_r1 = 100 * fit.hits[:, 0].mean(), 100 * fit.coarse_hits[:, 0].mean()
+        value = float(100 * (fit.hits @ np.array([1.0, 0.5, 0.25])).mean())
+        better = value > self.best_value
+        if better:
+            self.best_value, self.stale = value, 0
+            state = self.average.state_dict()
+            self.best = {key: tensor.cpu().clone() for key, tensor in state.items()}
+        else:
+            self.stale += 1
+        seconds = time.perf_counter() - start
+        row = {
+            "epoch": self.epoch,
+            "loss": round(running, 5),
+            "r1": round(float(r1), 3),
+            "r5": round(100 * float(fit.hits[:, 1].mean()), 3),
+            "r10": round(100 * float(fit.hits[:, 2].mean()), 3),
+            "r1_coarse": round(float(coarse_r1), 3),
+            "weight": fit.weight,
+        }
+        self.history.append(row)
+        if on_event:
+            told = (running, float(r1), float(coarse_r1), better, seconds)
+            on_event(EpochDone(self.epoch, options.epochs, *told))
+        return row
+
+    def _groups(self, rng: random.Random) -> Iterator[list[int]]:
+        """Yield groups of K captions of K pictures that are near each other."""
+        options, data = self.options, self.data
+        train = data.train
+        said = [rng.choice(self.by_picture[picture]) for picture in train]  # one caption a picture
+        pooled = data.pooled[train]  # (m, D)
+        progress = self.epoch / max(options.epochs - 1, 1)
+        pool = round(options.pool + (options.pool_end - options.pool) * progress)
+        size = min(options.group, len(train))
+        pool = min(max(pool, size - 1), len(train) - 1)
+        anchors = rng.sample(range(len(train)), -(-len(train) // size))
+        for chunk in (anchors[at : at + 256] for at in range(0, len(anchors), 256)):
+            words = data.captions.pooled[[said[at] for at in chunk]]  # (B, D)
+            near = (words @ pooled.T).topk(pool + 1, dim=1).indices.tolist()  # (B, pool + 1)
+            for anchor, row in zip(chunk, near, strict=True):
+                others = [at for at in row if at != anchor][:pool]
+                yield [said[at] for at in [anchor, *rng.sample(others, size - 1)]]
+
+    def _step(self, captions: list[int]) -> float:
+        """One group, one step of the optimiser."""
+        data, device = self.data, self.device
+        pictures = data.owner[captions]
+        tokens, mask = data.captions.batch(captions)  # (K, T, C_text), (K, T)
+        codes = data.codes[pictures].to(device)  # (K, P, C)
+        broken = data.wrong_of[captions]  # (K,)
+        cosine = data.captions.pooled[captions] @ data.pooled[pictures].T  # (K, K)
+        texts = [data.captions.texts[row] for row in captions]
+        # Two pictures with the very same caption are not each other's negatives.
+        same = torch.tensor([[a == b for b in texts] for a in texts]).fill_diagonal_(False)
+        dtype = torch.bfloat16 if device.type == "cuda" or _fast_bf16() else torch.float32
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            output = self.head.judge(tokens.to(device), mask.to(device), codes.unsqueeze(0))
+            rank, match = output.rank.float(), output.match.float()  # (K, K): text, picture
+            loss = rank.new_zeros(())
+            wrong_rank = rank.new_full((len(captions), 1), -torch.inf)  # (K, 1)
+            has = broken >= 0  # (K,)
+            if has.any():
+                said, there = data.wrong.batch(broken[has])  # (k, T, C_text), (k, T)
+                wrong = self.head(said.to(device), there.to(device), codes[has])
+                wrong_rank[has, 0] = wrong.rank.float()
+                loss = loss + functional.softplus(wrong.match.float()).mean() * 0.25
+        if self.with_coarse:
+            scale = self.log_scale.exp()
+            rank = rank + scale * cosine.to(device)  # (K, K)
+            own = cosine.diagonal().to(device).unsqueeze(1)  # (K, 1), as if the wrong text were it
+            wrong_rank = wrong_rank + scale * own  # (K, 1)
+        rank = rank.masked_fill(same.to(device), -torch.inf)  # (K, K)
+        target = torch.arange(len(captions), device=device)  # (K,)
+        by_text = functional.cross_entropy(rank, target)
+        by_picture = functional.cross_entropy(torch.cat([rank.T, wrong_rank], dim=1), target)
+        loss = loss + 0.5 * (by_text + by_picture)
+        loss = loss + self.options.match_weight * _match_loss(match, same.to(device))
+        if not loss.isfinite():
+            raise InputError(
+                "training diverged: the loss is not a number", "Try a lower --learning-rate."
+            )
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
+        self.optimiser.step()
+        self.steps += 1
+        decay = min(self.options.averaging, self.steps / (self.steps + 10))
+        with torch.no_grad():
+            for ours, theirs in zip(self.average.parameters(), self.head.parameters(), strict=True):
+                ours.lerp_(theirs, 1 - decay)
+        return float(loss.detach())
+
+    def _validate(self) -> Fit:
+        return fit_fusion(
+            judge_val(self.average, self.data, self.options, self.device, self.options.val_queries)
+        )
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint in one move."""
+        state = {
+            "options": asdict(self.options),
+            "head": self.head.state_dict(),
+            "average": self.average.state_dict(),
+            "log_scale": self.log_scale.detach(),
+            "optimiser": self.optimiser.state_dict(),
+            "epoch": self.epoch,
+            "stale": self.stale,
+            "steps": self.steps,
+            "best_value": self.best_value,
+            "best": self.best,
+            "history": self.history,
+        }
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Go back to where a checkpoint was written."""
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except OSError as error:
+            raise ModelError(
+                f"no checkpoint to resume in {path.parent}", "Start without --resume."
+            ) from error
+        # More epochs may be asked for, but the rest decides what the weights mean.
+        if replace(TrainOptions(**state["options"]), epochs=0) != replace(self.options, epochs=0):
+            raise ModelError(
+                f"the checkpoint in {path.parent} was made with other options",
+                "Give the same options, or start without --resume.",
+            )
+        self.head.load_state_dict(state["head"])
+        self.average.load_state_dict(state["average"])
+        self.log_scale.data.copy_(state["log_scale"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        for field in ("epoch", "stale", "steps", "best_value", "best", "history"):
+            setattr(self, field, state[field])
+
+
+def judge_val(
+    head: Head, data: TrainingSet, options: TrainOptions, device: torch.device, limit: int | None
+) -> Judged:
+    """Let a head judge the coarse candidates of val captions among the val pictures.
+
+    Args:
+        head: in evaluation mode.
+        data: gives pictures and captions.
+        options: how many candidates.
+        device: where to judge.
+        limit: at most this many captions, spread evenly; None takes all.
+    """
+    queries = data.captions_of(data.val)  # (Q,)
+    if limit is not None and len(queries) > limit:
+        queries = queries[np.linspace(0, len(queries) - 1, limit).round().astype(int)]
+    gallery = data.pooled[data.val]  # (V, D)
+    cosine = data.captions.pooled[queries] @ gallery.T  # (Q, V)
+    top = cosine.topk(min(options.candidates, len(data.val)), dim=1)  # (Q, N) twice
+    scorer = HeadScorer(copy.deepcopy(head), HeadCard("", "", "", Fusion(0.0)), device)
+    codes = data.codes[data.val]  # (V, P, C)
+    ranks, matches = [], []
+    for at in range(0, len(queries), QUERIES_AT_ONCE):
+        text = data.captions.features(queries[at : at + QUERIES_AT_ONCE].tolist())
+        rank, match = scorer.judge(text, codes, top.indices[at : at + QUERIES_AT_ONCE])
+        ranks.append(rank)
+        matches.append(match)
+    own = torch.from_numpy(np.searchsorted(data.val, data.owner[queries]))  # (Q,)
+    relevant = top.indices == own.unsqueeze(1)  # (Q, N)
+    return Judged(top.values, torch.cat(ranks), torch.cat(matches), relevant, own.numpy())
+
+
+def _finish(
+    head: Head,
+    data: TrainingSet,
+    encoder: EncoderSpec,
+    options: TrainOptions,
+    name: str,
+    device: torch.device,
+    history: list[dict[str, Any]],
+) -> Outcome:
+    """Fit fusion and calibration on all val captions and write down what was measured."""
+    judged = judge_val(head, data, options, device, None)
+    fit = fit_fusion(judged)
+    calibration: Calibration = calibrate(judged)
+    figures = {"pictures": float(len(data.val)), "queries": float(len(judged.rank))}
+    for column, k in enumerate((1, 5, 10)):
+        figures[f"r{k}_coarse"] = round(100 * float(fit.coarse_hits[:, column].mean()), 2)
+        figures[f"r{k}"] = round(100 * float(fit.hits[:, column].mean()), 2)
+    figures["p"] = paired_p(fit.hits[:, 0], fit.coarse_hits[:, 0], judged.picture, options.seed)
+    fusion = Fusion(fit.scale, fit.weight, float(judged.rank.mean()))
+    card = HeadCard(name, encoder.weights_hash, encoder.patch_kind, fusion, calibration, figures)
+    return Outcome(head.cpu(), card, history)
+
+
+def _match_loss(match: Tensor, same: Tensor) -> Tensor:
+    """Binary cross-entropy of (K, K) logits; pairs and non-pairs weigh the same in all."""
+    pairs = torch.eye(len(match), dtype=torch.bool, device=match.device)  # (K, K)
+    others = ~pairs & ~same  # (K, K)
+    positive = functional.softplus(-match[pairs]).mean()
+    if not others.any():
+        return positive
+    return positive + functional.softplus(match[others]).mean()
+
+
+def _schedule(step: int, done: float, warmup: int = 100, floor: float = 0.02) -> float:
+    """Share of the learning rate: linear warm-up, then a cosine down to a floor."""
+    cosine = 0.5 * (1 + float(np.cos(np.pi * min(done, 1.0))))
+    return min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * cosine)
+
+
+def _seen_by_encoder(data: TrainingSet) -> bool:
+    """Whether the encoder was trained on the training pictures: it then knows them far better.
+
+    Its coarse scores would teach the head to trust them more than it may at query time.
+    """
+
+    def recall(pictures: np.ndarray) -> float:
+        captions = data.captions_of(pictures)[:2000]
+        cosine = data.captions.pooled[captions] @ data.pooled[pictures].T  # (Q, V)
+        best = pictures[cosine.argmax(dim=1).numpy()]  # (Q,)
+        return float((best == data.owner[captions]).mean())
+
+    size = min(len(data.train), len(data.val))
+    some = np.random.default_rng(0).permutation(data.train)[:size]
+    fewer = np.random.default_rng(0).permutation(data.val)[:size]
+    return recall(np.sort(some)) > recall(np.sort(fewer)) + 0.1
+
+
+def _fast_bf16() -> bool:
+    from ..core.device import choose_dtype
+
+    return choose_dtype(torch.device("cpu")) == torch.bfloat16
