@@ -69,7 +69,7 @@ def _other_attributes(words: list[str], rng: random.Random) -> list[str]:
 
 
 def _swapped_things(words: list[str]) -> list[str]:
-    """ "a dog chases a cat" -> "a cat chases a dog": the last words of neighbouring phrases."""
+    """ "a dog on a big cat" -> "a cat on a big dog": the last words of neighbouring phrases."""
     spans: list[tuple[int, bool]] = []  # (place of a phrase's last word, phrase says more)
     start, between = 0, set()
     out = []

@@ -284,9 +284,11 @@ class _Run:
             rank, match = output.rank.float(), output.match.float()  # (K, K): text, picture
             loss = rank.new_zeros(())
             wrong_rank = rank.new_full((len(captions), 1), -torch.inf)  # (K, 1)
-            has = broken >= 0  # (K,)
+            has = torch.from_numpy(broken >= 0)  # (K,)
             if has.any():
-                said, there = data.wrong.batch(broken[has])  # (k, T, C_text), (k, T)
+                said, there = data.wrong.batch(
+                    [row for row in broken.tolist() if row >= 0]
+                )  # (k, T, C_text), (k, T)
                 wrong = self.head(said.to(device), there.to(device), codes[has])
                 wrong_rank[has, 0] = wrong.rank.float()
                 loss = loss + functional.softplus(wrong.match.float()).mean() * 0.25
