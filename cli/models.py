@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -46,7 +46,7 @@ def models(
 def _list_models(as_json: bool) -> None:
     from ..indexing import models as known
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         asdict(known.bundled_model()) | {"cached": True},
         *(
             asdict(each) | {"cached": known.is_cached(each.model, each.pretrained)}

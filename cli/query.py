@@ -201,7 +201,7 @@ def _converse(searcher: Searcher, answer, form: Format, explain: bool) -> None:
     from .output import report_error
 
     with stderr.status("loading the model"):
-        searcher.text_encoder, searcher.scorer  # noqa: B018 - loaded now, so that answers come fast
+        searcher.load()  # now, so that answers come fast
     if sys.stdin.isatty():
         say(f"{len(searcher.index):,} pictures, scorer {searcher.scorer_name}. Ctrl-D ends.")
     for line in _lines():

@@ -447,7 +447,7 @@ class _OpenClipTokenizer:
 
     def __init__(self, tokenizer: Any, tower: Any) -> None:
         self._tokenizer = tokenizer
-        inner = getattr(tokenizer, "tokenizer", None)
+        inner: Any = getattr(tokenizer, "tokenizer", None)
         if hasattr(inner, "pad_token_id"):
             self._pad = inner.pad_token_id or 0
             self._word = inner.convert_ids_to_tokens

@@ -109,6 +109,10 @@ class Searcher:
 
         return encoder_for(self._spec, self._device)
 
+    def load(self) -> None:
+        """Load now what text queries need, rather than with the first of them."""
+        _ = self.text_encoder, self.scorer
+
     def search(
         self,
         queries: Sequence[Query],

@@ -94,8 +94,10 @@ def test_the_wheel_holds_mmsearch_and_nothing_else(tmp_path):
     source = tmp_path / "source"  # a copy, since setuptools builds beside what it packs
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info"))
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-        + ["--wheel-dir", str(tmp_path), str(source)],
+        [
+            *[sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"],
+            *["--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)],
+        ],
         check=True,
         timeout=300,
         cwd=tmp_path,

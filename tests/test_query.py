@@ -152,7 +152,7 @@ def test_interactive_answers_line_by_line_and_survives_a_bad_line(index):
         ([""], 2, "the query is empty"),
         ([], 2, "nothing to look for"),
         (["a cat", "--json", "--csv"], 2, "more than one output format"),
-        (["a cat", "-k", "0"], 2, "0 is not in the range"),
+        (["a cat", "-k", "0"], 2, "greater than or equal to 1"),
         (["a cat", "--scorer", "nonsense"], 2, "unknown scorer 'nonsense'"),
         (["a cat", "--device", "warp"], 2, "unknown device 'warp'"),
         (["--image", "/no/such.jpg"], 4, "no such picture: /no/such.jpg"),
