@@ -36,12 +36,6 @@ class Condition(NamedTuple):
         return re.sub(r"\{(\w+)\}", lambda match: _literal(self.values[match[1]]), self.expression)
 
 
-def in_folders(condition: Condition, folders: Sequence[str]) -> Condition:
-    """Narrow a condition to images directly in these folders, for a collection kept by folder."""
-    values = condition.values | {"folders": [milvus_text(folder) for folder in folders]}
-    return Condition(f"({condition.expression}) and folder in {{folders}}", values)
-
-
 def _literal(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_literal, value)) + "]"

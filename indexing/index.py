@@ -24,7 +24,7 @@ import numpy as np
 from ..core.errors import BadIndex, InputError, StorageError
 from ..core.types import Candidates, ImageRecord, PatchBatch
 from .catalog import Catalog, Failure
-from .filters import Condition, Filters, in_folders
+from .filters import Condition, Filters
 from .lock import IndexLock
 from .manifest import FILE_NAME, Manifest
 from .pipeline import Events, Job, Plan, Survey, Tally, run
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["Events", "Failure", "Filters", "ImageIndex", "IndexReport", "IndexStats", "Plan"]
 
 CATALOG, SHARDS, VECTORS = "catalog.sqlite", "shards", "vectors.db"
-_MOST_FOLDERS = 1000  # named in one search, where the collection is kept by folder
 _UNFINISHED = "unfinished"  # set in the catalog while a run writes
 
 
@@ -449,12 +448,13 @@ class ImageIndex:
         if folder is not None:
             wanted = replace(wanted, folder=folder)
         condition: Condition | None = wanted.condition()
-        if condition and folder is not None and self.manifest.partition_by == "folder":
+        below = None
+        if folder is not None and self.manifest.partition_by == "folder":
             path = os.path.abspath(folder)
             below = self._catalog.folders_under(os.path.join(path, ""))
-            if 0 < len(below) <= _MOST_FOLDERS:
-                condition = in_folders(condition, below)
-        found = self._vectors.search(pooled, max(1, min(limit, len(self))), condition)
+            below += self._catalog.folders_under(f"{path}!")
+        limit = max(1, min(limit, len(self)))
+        found = self._vectors.search(pooled, limit, condition, folders=below)
         return self._known(found) if self._catalog.get_state(_UNFINISHED) else found
 
     def _known(self, found: Candidates) -> Candidates:

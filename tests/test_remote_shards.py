@@ -207,9 +207,8 @@ def remove_a_part(url: str) -> None:
 
 def one_text() -> TextFeatures:
     pooled = torch.nn.functional.normalize(torch.ones(1, 16), dim=-1)
-    return TextFeatures(
-        ("x",), pooled, torch.ones(1, 1, 6), torch.ones(1, 1, dtype=torch.bool), (("x",),)
-    )
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    return TextFeatures(("x",), pooled, torch.ones(1, 1, 6), mask, (("x",),))
 
 
 def test_missing_patches_are_computed_from_the_files(remote_index, tmp_path, url, photos):
