@@ -59,21 +59,20 @@ def _list_models(as_json: bool) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("model", "pretrained"):
         table.add_column(name, no_wrap=True)
-    for name in ("MB", "D", "Flickr30k R@1", "COCO R@5"):
-        table.add_column(name, justify="right")
-    table.add_column("here")
+    for name in ("MB", "F30k R@1", "COCO R@5"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("here", no_wrap=True)
     for row in rows:
         table.add_row(
             row["model"],
             row["pretrained"] or "",
             str(row["megabytes"]),
-            str(row["embed_dim"]),
             _figure(row["flickr30k_r1"]),
             _figure(row["coco_r5"]),
             "[green]yes[/]" if row["cached"] else "",
         )
     stdout.print(table)
-    say("Zero-shot text-to-image recall in per cent, as published: " + known.PUBLISHED[0].source)
+    say("Zero-shot text-to-image recall (Flickr30k, COCO) in per cent, as published: " + known.PUBLISHED[0].source)
     say(f"bundled: {known.bundled_model().source}")
     say(
         "Any other open_clip model works too: mmsearch models --all, hf-hub:ORG/NAME, local-dir:DIR"
@@ -106,7 +105,7 @@ def _list_scorers(index, as_json: bool) -> None:
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("scorer", no_wrap=True)
-    table.add_column("needs")
+    table.add_column("needs", overflow="fold")
     table.add_column("measured on validation")
     for row in rows:
         figures = ", ".join(f"{name} {value:.1f}" for name, value in row["figures"].items())
