@@ -7,7 +7,7 @@ loss: on pictures the encoder has learned by heart it is far better than on new 
 trained beside it learns nothing. How much it counts is fitted on val afterwards (evaluate.py).
 
 The head starts aligned: queries, keys and values all begin as the encoder's own projections, so
-that attention is a token-to-patch similarity from the first step.
+that its first rank term is already a token-to-patch similarity.
 """
 
 from __future__ import annotations
@@ -72,31 +72,53 @@ class Features:
 
 @torch.no_grad()
 def align(head: CrossHead, features: Features, txt_proj: torch.Tensor) -> None:
-    """Start from the encoder's own alignment of words and patches; see the module's text."""
+    """Start as a token-to-patch similarity; see the module's text.
+
+    Half of a state's width holds the projected token s, the other half what its attention
+    brought back, v. Two heads attend sharply, two softly. In the feed-forward network
+    z gelu(z) + (-z) gelu(-z) = z^2, so with z = s_i + v_i its sum holds s . v; it is written along
+    one direction, which the rank layer reads. The second block starts as the identity.
+    """
     c = head.config
+    half = c.width // 2
     unit = F.normalize(features.patches[0, :1000].float(), dim=-1) * c.patch_dim**0.5
     mean = unit.flatten(0, 1).mean(0)  # (320,)
     head.rows -= mean
-    _, _, v = torch.linalg.svd(unit.flatten(0, 1)[::7] - mean, full_matrices=False)
-    turn = torch.linalg.qr(torch.randn(c.width, c.width)).Q
-    basis = turn @ v[: c.width]  # (W, 320), orthonormal rows
-    sample = torch.cat([s for per in features.states[:400] for s in per]).float()
-    sample = F.layer_norm(sample, (c.text_dim,))
-    into = basis @ txt_proj  # (W, 384)
-    said = sample @ into.T
-    into = into / said.std()
-    head.text_proj.weight.copy_(into)
-    head.text_proj.bias.copy_(-(sample @ into.T).mean(0))
-    eye = torch.eye(c.width)
-    for block in head.blocks:
-        block.attention.q_proj.weight.copy_(eye * 1.5)
-        block.attention.k_proj.weight.copy_(basis)
-        block.attention.v_proj.weight.copy_(basis)
-        block.attention.out_proj.weight.copy_(eye * 0.5)
-        for layer in (block.attention.q_proj, block.attention.k_proj, block.attention.v_proj,
-                      block.attention.out_proj):  # fmt: skip
+    texts = torch.cat([s for per in features.states[:400] for s in per]).float()  # (L, 384)
+    texts = F.layer_norm(texts, (c.text_dim,))
+    said = (texts - texts.mean(0)) @ txt_proj.T  # (L, 320)
+    seen = unit.flatten(0, 1)[::7] - mean  # (K, 320)
+    cov = said.T @ said / said.pow(2).mean() / len(said) + seen.T @ seen / len(seen)
+    basis = torch.linalg.eigh(cov).eigenvectors[:, -half:].T  # (H, 320)
+    basis = torch.linalg.qr(torch.randn(half, half)).Q @ basis
+    into = basis @ txt_proj  # (H, 384)
+    into = into / (texts @ into.T).std(0).mean()
+    head.text_proj.weight.zero_()
+    head.text_proj.bias.zero_()
+    head.text_proj.weight[:half] = into
+    head.text_proj.bias[:half] = -(texts @ into.T).mean(0)
+    first, second = head.blocks
+    eye = torch.eye(half)
+    for block in (first, second):
+        a = block.attention
+        for layer in (a.q_proj, a.k_proj, a.v_proj, a.out_proj, block.ffn.into, block.ffn.out):
             layer.bias.zero_()
-    nn.init.normal_(head.rank.weight, std=0.02)
+        a.q_proj.weight[:, :half] = torch.cat([eye * SHARP, eye * SOFT])
+        a.k_proj.weight.copy_(torch.cat([basis, basis]))
+        a.v_proj.weight.copy_(torch.cat([basis, basis]))
+        a.out_proj.weight.mul_(0.02)
+    first.attention.out_proj.weight[half:] += 0.5 * torch.cat([eye, eye], 1)
+    both = torch.cat([eye, eye], 1)  # (H, W)
+    first.ffn.into.weight.copy_(torch.cat([both, -both]).repeat(2, 1))
+    first.ffn.into.weight += 0.01 * torch.randn_like(first.ffn.into.weight)
+    direction = torch.cat([torch.randint(0, 2, (half,)) * 2.0 - 1, torch.zeros(half)])  # (W,)
+    first.ffn.out.weight.copy_(direction[:, None].expand(-1, c.width) / c.width)
+    second.ffn.out.weight.mul_(0.02)
+    head.pool.weight.zero_()
+    head.rank.weight.copy_(direction[None] * RANK_SCALE / half)
+
+
+SHARP, SOFT, RANK_SCALE = 1.5, 0.2, 8.0
 
 
 def stack_states(states: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,7 +202,7 @@ def main() -> None:
     ap.add_argument("--groups", type=int, default=8)
     ap.add_argument("--neighbours", type=int, default=60)
     ap.add_argument("--ffn-ratio", type=int, default=1)
-    ap.add_argument("--lr", type=float, default=6e-4)
+    ap.add_argument("--lr", type=float, default=4e-4)
     ap.add_argument("--decay", type=float, default=0.1)
     ap.add_argument("--dropout", type=float, default=0.1)
     ap.add_argument("--input-dropout", type=float, default=0.1)
@@ -199,7 +221,12 @@ def main() -> None:
     model.load_state_dict(torch.load(args.encoder, weights_only=True))
     model.requires_grad_(False)
     start = time.time()
-    features = Features(model, data, args.views)
+    cache = args.work / f"features.{args.views}.pt"
+    if cache.exists():
+        features = torch.load(cache, weights_only=False)
+    else:
+        features = Features(model, data, args.views)
+        torch.save(features, cache)
     print(f"features in {time.time() - start:.0f} s", flush=True)
     img = F.normalize(features.patches[0].float().mean(1), dim=-1)  # (N, 320)
     alike = img @ img.T + features.pooled @ features.pooled.T  # (N, N)
@@ -223,10 +250,10 @@ def main() -> None:
     start, step, shown, queue, hits, losses = time.time(), 0, 0.0, [], [], []
     while True:
         done = (time.time() - start) / (60 * args.minutes)
-        rate = min(1.0, (step + 1) / 40) * (
+        rate = min(1.0, (step + 1) / 20) * (
             0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(done, 1)))
         )
-        if done >= 1 or time.time() - start - shown > 60 * args.eval_minutes:
+        if done >= 1 or time.time() - start - shown > 60 * args.eval_minutes or step == 0:
             spent = time.time()
             t = val_tables(ema.model, features, model, 4)
             z = t["rank"] / t["rank"].std()

@@ -1,6 +1,6 @@
 """List Flickr8k's pictures: path and split, sorted by name.
 
-    python training/photographs.py FLICKR8K OUT.csv
+python training/photographs.py FLICKR8K OUT.csv
 """
 
 from __future__ import annotations
