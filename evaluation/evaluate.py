@@ -100,7 +100,8 @@ def evaluate(
         on_progress: told about texts encoded and queries searched and rescored.
     """
     relevance = Relevance.of_captions(captions, len(gallery.names))
-    asked = _sample(np.arange(len(captions.captions)), plan.limit, plan.seed)
+    asked = _sample(np.arange(len(captions.captions)), plan)  # rows of captions
+    described = _sample(np.flatnonzero(relevance.transposed().counts()), plan)  # rows of gallery
     needed = np.arange(len(captions.captions)) if "i2t" in plan.directions else asked
     texts = TextBank(
         encoder,
@@ -108,85 +109,106 @@ def evaluate(
         keep_tokens=bool(scorers) and plan.candidates > 0,
         on_batch=lambda done: on_progress("encode captions", done, len(needed)),
     )
-    results = []
-    for name in plan.directions:
-        if name == "t2i":
-            queries = np.searchsorted(needed, asked)  # (Q,) rows of texts
-            direction = _Setting(
-                name,
-                [captions.captions[row].id for row in asked],
-                list(gallery.names),
-                asked,
-                relevance.restricted(asked),
-                np.array([captions.captions[row].image for row in asked]),
-                texts.pooled[queries],
-                gallery.vectors,
-            )
-            scoring = score_images
-        else:
-            described = np.flatnonzero(relevance.transposed().counts())
-            queries = _sample(described, plan.limit, plan.seed)  # (Q,) gallery rows
-            direction = _Setting(
-                name,
-                [gallery.names[row] for row in queries],
-                [each.id for each in captions.captions],
-                queries,
-                relevance.transposed().restricted(queries),
-                queries,
-                gallery.vectors[queries],
-                texts.pooled,
-            )
-            scoring = score_texts
-
-        def rescore(scorer: Scorer, coarse: Ranking, n: int, queries=queries, scoring=scoring):
-            stage = f"rerank with {scorer.name}"
-            return scoring(
-                scorer, texts, queries, coarse, n, gallery.fetch,
-                lambda done: on_progress(stage, done, len(queries)),
-            )  # fmt: skip
-
-        results.append(_run(direction, scorers, plan, rescore, on_progress))
-    return results
+    makers = {
+        "t2i": lambda: _text_queries(captions, gallery, texts, relevance, asked, needed),
+        "i2t": lambda: _image_queries(captions, gallery, texts, relevance, described),
+    }
+    return [
+        _run(makers[name](), texts, gallery, scorers, plan, on_progress) for name in plan.directions
+    ]
 
 
 @dataclass(frozen=True, slots=True)
 class _Setting:
-    """What a direction asks and searches."""
+    """What one direction asks and searches, and how its candidates are scored again."""
 
     name: str
     queries: list[str]
     documents: list[str]
-    sources: np.ndarray
+    sources: np.ndarray  # (Q,) as in Direction
     relevance: Relevance
-    clusters: np.ndarray
+    clusters: np.ndarray  # (Q,)
     query_vectors: np.ndarray  # (Q, D)
     document_vectors: np.ndarray  # (M, D)
+    score: Callable[..., np.ndarray]  # score_images or score_texts
+    rows: np.ndarray  # (Q,) the queries as `score` wants them
+
+
+def _text_queries(
+    captions: CaptionSet,
+    gallery: Gallery,
+    texts: TextBank,
+    relevance: Relevance,
+    asked: np.ndarray,
+    needed: np.ndarray,
+) -> _Setting:
+    rows = np.searchsorted(needed, asked)  # (Q,) rows of texts
+    return _Setting(
+        "t2i",
+        [captions.captions[row].id for row in asked],
+        list(gallery.names),
+        asked,
+        relevance.restricted(asked),
+        np.array([captions.captions[row].image for row in asked]),
+        texts.pooled[rows],
+        gallery.vectors,
+        score_images,
+        rows,
+    )
+
+
+def _image_queries(
+    captions: CaptionSet,
+    gallery: Gallery,
+    texts: TextBank,
+    relevance: Relevance,
+    described: np.ndarray,
+) -> _Setting:
+    return _Setting(
+        "i2t",
+        [gallery.names[row] for row in described],
+        [caption.id for caption in captions.captions],
+        described,
+        relevance.transposed().restricted(described),
+        described,
+        gallery.vectors[described],
+        texts.pooled,
+        score_texts,
+        described,
+    )
 
 
 def _run(
     setting: _Setting,
+    texts: TextBank,
+    gallery: Gallery,
     scorers: Sequence[Scorer],
     plan: Plan,
-    rescore: Callable[[Scorer, Ranking, int], np.ndarray],
     on_progress: Progress,
 ) -> Direction:
     total = len(setting.queries)
+
+    def advance(stage: str) -> Callable[[int], None]:
+        return lambda done: on_progress(f"{setting.name}: {stage}", done, total)
+
     started = time.perf_counter()
     coarse = search(
         setting.query_vectors,
         setting.document_vectors,
         setting.relevance,
         plan.depth,
-        on_block=lambda done: on_progress("search", done, total),
+        on_block=advance("search"),
     )
     rankings = [("coarse", coarse, time.perf_counter() - started)]
-    n = min(plan.candidates, coarse.order.shape[1])
+    depth = coarse.order.shape[1]
+    n = min(plan.candidates, depth)
     for scorer in scorers if n else ():
         started = time.perf_counter()
-        ranking = rescored(coarse, rescore(scorer, coarse, n))
-        rankings.append((scorer.name, ranking, time.perf_counter() - started))
+        scores = setting.score(
+            scorer, texts, setting.rows, coarse, n, gallery.fetch, advance(scorer.name)
+        )  # (Q, n)
+        rankings.append((scorer.name, rescored(coarse, scores), time.perf_counter() - started))
     clusters = Clusters(setting.clusters, plan.seed)
-    depth = coarse.order.shape[1]
     within = (coarse.first <= (n or depth)).astype(float)
     direction = Direction(
         setting.name,
@@ -209,8 +231,9 @@ def _run(
     return direction
 
 
-def _sample(rows: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
-    """Draw at most `limit` of the rows at random, ascending."""
-    if limit is None or limit >= len(rows):
+def _sample(rows: np.ndarray, plan: Plan) -> np.ndarray:
+    """Draw at most as many of the rows as the plan allows, at random, ascending."""
+    if plan.limit is None or plan.limit >= len(rows):
         return rows
-    return np.sort(np.random.default_rng(seed).choice(rows, limit, replace=False))
+    drawn = np.random.default_rng(plan.seed).choice(rows, plan.limit, replace=False)
+    return np.sort(drawn)
