@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import InputError
-from .formats import Entry, Problem, recognise
+from .formats import Entry, Problem, is_text, recognise
 from .trec import read_qrels
 
 
@@ -126,7 +126,9 @@ class _Builder:
         text = entry.text.strip()
         key = entry.id or f"{entry.image}#{self.turns[entry.image]}"
         self.turns[entry.image] += 1
-        if not text:
+        if not is_text(f"{entry.image}{text}"):
+            self._leave_out(entry, "encoding", "neither UTF-8 nor UTF-16 with a byte order mark")
+        elif not text:
             self._leave_out(entry, "empty caption", str(entry.image))
         elif (entry.image, text) in self.texts:
             self._leave_out(entry, "duplicate", f"{entry.image} has this caption already")

@@ -55,6 +55,11 @@ class Problem(NamedTuple):
 Rows = Iterator["Entry | Problem"]
 
 
+def is_text(text: str) -> bool:
+    """Whether a string came from valid UTF-8 (or UTF-16): it has no lone surrogate."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def recognise(path: Path) -> tuple[str, Rows]:
     """Return the name of the format `path` is in, and its rows.
 
@@ -135,19 +140,11 @@ def _recognise_json(path: Path, lines: list[str]) -> tuple[str, Rows]:
 
 
 def _decode(path: Path) -> list[str]:
-    """Split into lines; a byte that is not UTF-8 becomes a lone surrogate, reported row by row."""
+    """Split into lines; a byte that is not UTF-8 becomes a lone surrogate (see `is_text`)."""
     data = path.read_bytes()
     encoding = "utf-16" if data[:2] in {b"\xff\xfe", b"\xfe\xff"} else "utf-8-sig"
     # str.splitlines would also split at U+2028 and form feeds, which captions do contain.
     return data.decode(encoding, errors="surrogateescape").replace("\r\n", "\n").split("\n")
-
-
-def _undecodable(*fields: str) -> bool:
-    return any("\udc80" <= letter <= "\udcff" for field in fields for letter in field)
-
-
-def _encoding_problem(place: str) -> Problem:
-    return Problem(place, "encoding", "not UTF-8 (nor UTF-16 with a byte order mark)")
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -223,11 +220,8 @@ def _json_rows(rows: Iterable[tuple[str, Any]]) -> Rows:
         )
         for at, each in enumerate(texts):
             where = place if len(texts) == 1 else f"{place}, caption {at}"
-            if _undecodable(each, name or ""):
-                yield _encoding_problem(where)
-            else:
-                unique = key if len(texts) == 1 or key is None else f"{key}#{at}"
-                yield Entry(name, each, where, split or None, unique)
+            unique = key if len(texts) == 1 or key is None else f"{key}#{at}"
+            yield Entry(name, each, where, split or None, unique)
 
 
 def _first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
@@ -247,10 +241,7 @@ def _flickr_csv(lines: list[str]) -> Rows:
         caption = match["caption"]
         if len(caption) > 1 and caption[0] == caption[-1] == '"':
             caption = caption[1:-1].replace('""', '"')
-        if _undecodable(line):
-            yield _encoding_problem(f"line {number}")
-        else:
-            yield Entry(match["image"], caption, f"line {number}")
+        yield Entry(match["image"], caption, f"line {number}")
 
 
 def _flickr_token(lines: list[str]) -> Rows:
@@ -260,12 +251,10 @@ def _flickr_token(lines: list[str]) -> Rows:
         name, tab, caption = line.partition("\t")
         image, _, turn = name.rpartition("#")
         place = f"line {number}"
-        if not (tab and image and turn.isdigit()):
-            yield Problem(place, "malformed", "expected image.jpg#0<TAB>caption")
-        elif _undecodable(line):
-            yield _encoding_problem(place)
-        else:
+        if tab and image and turn.isdigit():
             yield Entry(image, caption, place, id=name)
+        else:
+            yield Problem(place, "malformed", "expected image.jpg#0<TAB>caption")
 
 
 def _karpathy(document: dict[str, Any]) -> Rows:
@@ -323,10 +312,6 @@ def _webdataset(tars: list[Path]) -> Rows:
             if key not in pictures:
                 yield Problem(name, "missing image", "no picture of this name in the tar")
                 continue
-            try:
-                captions = data.decode().splitlines()
-            except UnicodeDecodeError:
-                yield _encoding_problem(name)
-                continue
+            captions = data.decode(errors="surrogateescape").splitlines()
             for number, caption in enumerate(captions, start=1):
                 yield Entry(f"{tar.name}!{pictures[key]}", caption, f"{name} line {number}")

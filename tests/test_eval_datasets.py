@@ -251,12 +251,14 @@ def test_bad_rows_of_other_formats(folder: Path) -> None:
             {"image_id": 1, "caption": "A dog ."},
             {"image_id": 2, "caption": "Of nothing ."},
             {"image_id": 1},
+            {"image_id": 1, "caption": "Half a letter \ud83d"},
         ],
     }
     problems = read_captions(write(folder, "coco.json", json.dumps(coco))).problems
     assert [(each.place, each.kind) for each in problems] == [
         ("annotations[1]", "missing image"),
         ("annotations[2]", "malformed"),
+        ("annotations[3]", "encoding"),
     ]
 
 
