@@ -164,8 +164,9 @@ def evaluate(model: Dual, data: Data) -> dict[str, list[float]]:
                 ids = [i for p in val for i in data.fl_ids[p]]
                 truth = torch.tensor([n for n, p in enumerate(val) for _ in data.fl_ids[p]])
                 txt = model.text(ids, 256)[0]
-                out["flickr"] = recall(img, txt, truth)
-                sim = img @ txt.T  # (N, 5N)
+                with torch.autocast("cpu", enabled=False):  # bfloat16 similarities tie
+                    out["flickr"] = recall(img, txt, truth)
+                    sim = img @ txt.T  # (N, 5N)
                 mine = truth == torch.arange(len(val))[:, None]  # (N, T)
                 place = (sim > sim.masked_fill(~mine, -9).amax(1, keepdim=True)).sum(1)
                 out["flickr_i2t"] = [
@@ -174,7 +175,8 @@ def evaluate(model: Dual, data: Data) -> dict[str, list[float]]:
             else:
                 first = {t: i for i, t in reversed(list(enumerate(pics.group[v] for v in val)))}
                 txt = model.text(data.ids(list(first)), 256)[0]
-                sim = txt @ img.T
+                with torch.autocast("cpu", enabled=False):
+                    sim = txt @ img.T
                 mine = torch.tensor([[pics.group[v] == t for v in val] for t in first])
                 best = sim.masked_fill(~mine, -9).max(1).values[:, None]
                 place = ((sim > best) & ~mine).sum(1)
