@@ -13,6 +13,7 @@ that its first rank term is already a token-to-patch similarity.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import random
@@ -221,7 +222,8 @@ def main() -> None:
     model.load_state_dict(torch.load(args.encoder, weights_only=True))
     model.requires_grad_(False)
     start = time.time()
-    cache = args.work / f"features.{args.views}.pt"
+    of = hashlib.sha256(args.encoder.read_bytes()).hexdigest()[:12]
+    cache = args.work / f"features.{of}.{args.views}.pt"
     if cache.exists():
         features = torch.load(cache, weights_only=False)
     else:
