@@ -315,3 +315,79 @@ def test_survives_reopening(tmp_path, photos, codes):
         assert contents(index) == before
         assert index.stats().images == 17
         assert not index.stats().unfinished
+
+
+def test_files_that_vanish_or_refuse_are_tried_again(index, photos, monkeypatch):
+    from mmsearch.indexing import pipeline
+
+    read = pipeline.read_picture
+
+    def refuse(folder, seen):
+        if seen.name == "0001.png":
+            (photos / "0001.png").unlink(missing_ok=True)
+        if seen.name == "0002.png":
+            raise PermissionError(13, "Permission denied")
+        return read(folder, seen)
+
+    monkeypatch.setattr(pipeline, "read_picture", refuse)
+    report = index.add([photos], StandIn())
+    assert (report.added, report.failed) == (15, 2)
+    reasons = {Path(failure.path).name: failure.reason for failure in index.failures()}
+    assert reasons == {"0001.png": "No such file or directory", "0002.png": "Permission denied"}
+    monkeypatch.setattr(pipeline, "read_picture", read)
+    report = index.add([photos], StandIn())
+    assert (report.added, report.removed, report.failed, index.failures()) == (1, 1, 0, [])
+    assert len(contents(index)) == 16
+
+
+def test_a_file_replaced_while_it_is_read_is_never_mixed_up(index, photos, monkeypatch):
+    from mmsearch.indexing import pipeline
+
+    read = pipeline.read_picture
+
+    def replace_after(folder, seen):
+        result = read(folder, seen)
+        if seen.name == "0001.png":
+            shutil.copy(photos / "0009.png", photos / "0001.png")
+        return result
+
+    monkeypatch.setattr(pipeline, "read_picture", replace_after)
+    index.add([photos], StandIn())
+    monkeypatch.setattr(pipeline, "read_picture", read)
+    assert index.add([photos], StandIn()).added == 1, "the change is noticed by the next run"
+    known = contents(index)
+    assert known[str(photos / "0001.png")][1:] == known[str(photos / "0009.png")][1:]
+
+
+def test_a_model_that_gives_nonsense_is_an_error(index, photos):
+    from mmsearch.core.errors import MmsearchError
+
+    class Broken(StandIn):
+        def encode_images(self, pixels):
+            features = super().encode_images(pixels)
+            features.pooled[0] = float("nan")
+            return features
+
+    with pytest.raises(MmsearchError, match="no numbers"):
+        index.add([photos], Broken())
+    assert index.add([photos], StandIn()).added == 17
+
+
+def test_writing_fails_midway_and_is_taken_up_again(index, photos, monkeypatch):
+    from mmsearch.indexing.shards import Shards
+
+    append, calls = Shards.append, []
+
+    def fail(self, *arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise StorageError("disk full")
+        return append(self, *arguments)
+
+    monkeypatch.setattr(Shards, "append", fail)
+    with pytest.raises(StorageError, match="disk full"):
+        index.add([photos], StandIn(), batch_size=4)
+    assert len(index) == 8
+    monkeypatch.setattr(Shards, "append", append)
+    assert index.add([photos], StandIn()).added == 9
+    assert len(contents(index)) == 17
