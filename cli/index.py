@@ -42,6 +42,8 @@ Examples:
 
     mmsearch index ~/Pictures --milvus http://milvus:19530 --index ~/team-index
 
+    mmsearch index /nfs/pictures --ray auto --milvus http://milvus:19530 --index /nfs/index
+
 Run it again whenever pictures came, changed or went: only those are read. Hidden files, @eaDir and
 what a .mmsearchignore file names (in gitignore's syntax) are left out. Interrupt it at any time;
 the next run goes on where it was.
@@ -114,7 +116,12 @@ def index(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", min=1, show_default="one a core", help="Threads that decode."),
+        typer.Option(
+            "--workers",
+            min=1,
+            show_default="one a core",
+            help="Threads that decode; models with --ray.",
+        ),
     ] = None,
     milvus: MilvusOption = None,
     index_type: Annotated[
@@ -144,6 +151,15 @@ def index(
             metavar="URL",
             show_default="in the index folder",
             help="Where patch features lie: s3://bucket/x, any fsspec URL, a folder (new index).",
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            show_default="no",
+            help="Embed on a Ray cluster: auto, ray://HOST:10001, or local (needs mmsearch[ray]).",
         ),
     ] = None,
     wait: WaitOption = 0.0,
@@ -198,6 +214,7 @@ def index(
             keep_missing=keep_missing,
             batch_size=batch_size,
             workers=workers,
+            cluster=None if ray is None else _cluster(ray, workers, device, precision),
             stop=stop,
             on_event=events,
         )
@@ -208,6 +225,12 @@ def index(
     if report.interrupted:
         say(f"interrupted with {report.left:,} files to go; the same command goes on from here")
         raise typer.Exit(130)
+
+
+def _cluster(address: str, workers: int | None, device: str, precision: str):
+    from ..indexing.ray_embed import RayCluster
+
+    return RayCluster(address, workers, device, precision)
 
 
 def read_partition_by(name: str) -> str:

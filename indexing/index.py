@@ -35,6 +35,7 @@ from .vectors import VectorStore
 
 if TYPE_CHECKING:
     from .encoder import Encoder, EncoderSpec
+    from .ray_embed import RayCluster
 
 __all__ = ["Events", "Failure", "Filters", "ImageIndex", "IndexReport", "IndexStats", "Plan"]
 
@@ -245,6 +246,7 @@ class ImageIndex:
         keep_missing: bool = False,
         batch_size: int | None = None,
         workers: int | None = None,
+        cluster: RayCluster | None = None,
         stop: threading.Event | None = None,
         on_event: Events | None = None,
     ) -> IndexReport:
@@ -261,6 +263,7 @@ class ImageIndex:
             keep_missing: keep what is gone from the disk.
             batch_size: pictures a step; None for one that suits the device.
             workers: threads that decode; None for one a core.
+            cluster: embed on a Ray cluster instead of here; ``encoder`` and ``workers`` rest then.
             stop: set it to end after the batch in flight.
             on_event: who is told of progress.
 
@@ -284,7 +287,10 @@ class ImageIndex:
             if plan.to_do:
                 walk = Walk(paths, Rules(include, exclude))
                 jobs = Survey(walk, self._catalog).jobs()
-                tally = self._embed(jobs, encoder, batch_size, workers, stopped, events)
+                if cluster is None:
+                    tally = self._embed(jobs, encoder, batch_size, workers, stopped, events)
+                else:
+                    tally = self._embed_on(cluster, jobs, batch_size, stopped, events)
                 report = replace(report, added=tally.stored, failed=tally.failed)
             else:
                 tally = Tally()
@@ -333,6 +339,28 @@ class ImageIndex:
             self._catalog,
             batch_size=batch_size or (32 if model.device.type == "cpu" else 256),
             workers=workers or min(16, os.cpu_count() or 1),
+            stopped=stopped,
+            events=events,
+        )
+
+    def _embed_on(
+        self,
+        cluster: RayCluster,
+        jobs: Iterable[Job],
+        batch_size: int | None,
+        stopped: Callable[[], bool],
+        events: Events,
+    ) -> Tally:
+        from .ray_embed import run_on_ray
+
+        return run_on_ray(
+            jobs,
+            cluster,
+            self.manifest.encoder,
+            self._shards,
+            self._vectors,
+            self._catalog,
+            batch_size=batch_size or 64,
             stopped=stopped,
             events=events,
         )

@@ -27,7 +27,7 @@ import xxhash
 from ..core.errors import InputError, MmsearchError
 from .catalog import Catalog, Content, Entry
 from .scan import Seen, Walk, read_picture
-from .shards import Shards, quantise
+from .shards import RowFormat, Shards, quantise
 from .vectors import VectorStore
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ class Writer:
         self._shards = shards
         self._vectors = vectors
         self._catalog = catalog
-        self._queue: queue.Queue[tuple[list[Entry], _Encoded | None] | None] = queue.Queue(2)
+        self._queue: queue.Queue[tuple[list[Entry], Encoded | None] | None] = queue.Queue(2)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="write", daemon=True)
 
@@ -212,7 +212,7 @@ class Writer:
         if error is None:
             self._raise()
 
-    def put(self, entries: list[Entry], encoded: _Encoded | None) -> None:
+    def put(self, entries: list[Entry], encoded: Encoded | None) -> None:
         """Hand over files and the features of those with new content, in the same order.
 
         Raises:
@@ -233,7 +233,7 @@ class Writer:
                 except BaseException as error:  # handed to the thread that puts
                     self._error = error
 
-    def _store(self, entries: list[Entry], encoded: _Encoded | None) -> None:
+    def _store(self, entries: list[Entry], encoded: Encoded | None) -> None:
         contents: dict[bytes, Content] = {}  # what this batch settles, by hash
         pooled: dict[bytes, np.ndarray] = {}
         if encoded is not None:
@@ -297,7 +297,7 @@ def _settle(entry: Entry, contents: dict[bytes, Content]) -> Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class _Encoded:
+class Encoded:
     """Features ready to be stored."""
 
     pooled: np.ndarray  # (N, D) float32
@@ -305,8 +305,9 @@ class _Encoded:
     scales: np.ndarray | None  # (N, P) float16
 
     @classmethod
-    def of(cls, features: ImageFeatures, shards: Shards) -> _Encoded:
-        codes, scales = quantise(features.patches, shards.row)
+    def of(cls, features: ImageFeatures, row: RowFormat) -> Encoded:
+        """Bring a batch of features to their stored form."""
+        codes, scales = quantise(features.patches, row)
         return cls(features.pooled.float().cpu().numpy(), codes, scales)
 
 
@@ -350,7 +351,7 @@ def run(
             encoded = None
             if fresh:
                 features = encoder.encode_images(pixels[:fresh])
-                encoded = _Encoded.of(features, shards)
+                encoded = Encoded.of(features, shards.row)
                 if not np.isfinite(encoded.pooled).all():
                     raise MmsearchError(
                         "the model gave features that are no numbers",

@@ -15,9 +15,15 @@ from pathlib import Path
 TOKEN = "root:Milvus"  # what a fresh server with authentication accepts
 START_SECONDS = 180
 
-# Its launcher takes the next port where connections of a killed server still linger on this one.
+# Ends with its parent, however that ends. Milvus's own launcher takes the next port where
+# connections of a killed server still linger on this one.
 _LAUNCHER = """
-import milvus, socket
+import milvus, os, signal, socket, threading, time
+def follow(parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
+threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
 def bind(self, port):
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
