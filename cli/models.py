@@ -72,7 +72,7 @@ def _list_models(as_json: bool) -> None:
             "[green]yes[/]" if row["cached"] else "",
         )
     stdout.print(table)
-    say("Zero-shot text-to-image recall (Flickr30k, COCO) in per cent, as published: " + known.PUBLISHED[0].source)
+    say(f"Zero-shot text-to-image recall in per cent, as published: {known.PUBLISHED[0].source}")
     say(f"bundled: {known.bundled_model().source}")
     say(
         "Any other open_clip model works too: mmsearch models --all, hf-hub:ORG/NAME, local-dir:DIR"
