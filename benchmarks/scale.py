@@ -3,12 +3,12 @@
     python benchmarks/scale.py [--lite 1e3 1e4 1e5] [--server 1e3 1e4 1e5 1e6]
         [--plot docs/scale.png]
 
-Vectors are 512-d and clustered, as the vectors of photographs are: unit vectors around random
-centres with a spread that gives neighbours a cosine near 0.8. Queries lie near the data, 100
-candidates each, one query at a time. Exact search over the same vectors in NumPy is the truth for
-the recall. Memory is resident: of this process for Milvus Lite (each size in a process of its
-own), of the server's process for the server. The server is the PyPI package ``milvus``; its own
-cost with no vectors is the first row.
+Vectors are 512-d, normal with variances that fall as k^-0.8 from direction to direction: an
+effective dimension of 75, where the bundled encoder's vectors of 1,000 photographs have 78 (the
+square of the sum of the covariance's eigenvalues over the sum of their squares). Queries are
+drawn alike, 100 candidates each, one query at a time. Exact search over the same vectors in NumPy
+is the truth for the recall. Memory is resident: of this process for Milvus Lite (each size in one
+of its own), of the server's process for the server (the PyPI package ``milvus``).
 """
 
 from __future__ import annotations
@@ -34,24 +34,16 @@ DIM, LIMIT, QUERIES, STEP = 512, 100, 50, 10_000
 def make_vectors(count: int, seed: int = 0):
     """Yield (start, (n, 512) float32 unit vectors), the same ones every time."""
     random = np.random.default_rng(seed)
-    centres = random.standard_normal((2000, DIM)).astype(np.float32)
-    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
+    spread = np.arange(1, DIM + 1, dtype=np.float32) ** -0.4  # (D,)
     for start in range(0, count, STEP):
-        n = min(STEP, count - start)
-        chosen = centres[random.integers(0, len(centres), n)]  # (n, D)
-        noise = random.standard_normal((n, DIM), dtype=np.float32) / np.float32(DIM**0.5)
-        vectors = chosen + 0.5 * noise  # (n, D)
+        vectors = random.standard_normal((min(STEP, count - start), DIM), dtype=np.float32)
+        vectors *= spread  # (n, D)
         yield start, vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def make_queries(count: int) -> np.ndarray:
-    """Return (Q, 512): vectors like those stored, but none of them."""
-    first = next(vectors for _, vectors in make_vectors(min(count, STEP)))
-    random = np.random.default_rng(1)
-    near = first[random.integers(0, len(first), QUERIES)]  # (Q, D)
-    noise = random.standard_normal(near.shape).astype(np.float32) / np.float32(DIM**0.5)
-    queries = near + 0.5 * noise  # (Q, D)
-    return queries / np.linalg.norm(queries, axis=1, keepdims=True)
+def make_queries() -> np.ndarray:
+    """Return (Q, 512): drawn like the vectors, but none of them."""
+    return next(vectors for _, vectors in make_vectors(QUERIES, seed=1))
 
 
 def exact(queries: np.ndarray, count: int) -> np.ndarray:
@@ -78,7 +70,8 @@ def measure(uri: str, count: int, index_type: str, server: MilvusServer | None) 
     from mmsearch.indexing.facts import Facts
     from mmsearch.indexing.vectors import VectorStore
 
-    truth, queries = exact(make_queries(count), count), make_queries(count)
+    queries = make_queries()
+    truth = exact(queries, count)
     bare = server.memory() / 1e6 if server else resident()
     store = VectorStore(uri, "scale", DIM, index_type=index_type)
     store.create()

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 TOKEN = "root:Milvus"  # what a fresh server with authentication accepts
-START_SECONDS = 180
+START_SECONDS = 300
 
 # Ends with its parent, however that ends. Milvus's own launcher takes the next port where
 # connections of a killed server still linger on this one.
