@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import check, index, models, query, remove, status, train
+from . import ask, check, explain, index, models, query, remove, status, train
 from .eval import eval_app
 from .output import report_error
 
@@ -54,6 +54,8 @@ app.command(epilog=status.EXAMPLES)(status.status)
 app.command(epilog=check.EXAMPLES)(check.check)
 app.command(epilog=remove.EXAMPLES)(remove.remove)
 app.command(epilog=models.EXAMPLES)(models.models)
+app.command(epilog=explain.EXAMPLES)(explain.explain)
+app.command(epilog=ask.EXAMPLES)(ask.ask)
 app.command(epilog=train.EXAMPLES)(train.train)
 app.add_typer(eval_app, name="eval")
 

@@ -218,16 +218,20 @@ class StreamAttention(nn.Module):
 
     def forward(self, states: Tensor, others: Tensor, bias: Tensor | None) -> Tensor:
         """Attend from (G, N, S, W) to (G, N, R, W) under a bias (G, 1, 1, 1, R); (G, N, S, W)."""
-        query, key, value = (
-            layer(stream).unflatten(3, (self.heads, -1)).transpose(2, 3)  # (G, N, H, S or R, d)
-            for layer, stream in (
-                (self.q_proj, states),
-                (self.k_proj, others),
-                (self.v_proj, others),
-            )
-        )
+        query, key = self._split(self.q_proj(states)), self._split(self.k_proj(others))
+        value = self._split(self.v_proj(others))  # (G, N, H, R, d)
         seen = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return self.out_proj(seen.transpose(2, 3).flatten(3))  # (G, N, S, W)
+
+    def weights(self, states: Tensor, others: Tensor, bias: Tensor | None) -> Tensor:
+        """Return where the states look: (G, N, H, S, R), rows summing to one."""
+        query, key = self._split(self.q_proj(states)), self._split(self.k_proj(others))
+        logits = query @ key.transpose(3, 4) * query.shape[-1] ** -0.5  # (G, N, H, S, R)
+        return (logits if bias is None else logits + bias).softmax(dim=-1)  # (G, N, H, S, R)
+
+    def _split(self, stream: Tensor) -> Tensor:
+        """(G, N, S, W) -> (G, N, H, S, d)."""
+        return stream.unflatten(3, (self.heads, -1)).transpose(2, 3)
 
 
 class StreamBlock(nn.Module):
@@ -241,6 +245,10 @@ class StreamBlock(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.width)
         self.ffn = GatedFeedForward(config.width, config.ffn_ratio)
         self.dropout = nn.Dropout(config.dropout)
+
+    def weights(self, states: Tensor, others: Tensor, bias: Tensor | None) -> Tensor:
+        """Return where this block's attention looks, (G, N, H, S, R)."""
+        return self.attention.weights(self.norm(states), self.other_norm(others), bias)
 
     def forward(self, states: Tensor, others: Tensor, bias: Tensor | None) -> Tensor:
         """(G, N, S, W) looking at (G, N, R, W) -> (G, N, S, W)."""

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ..core.errors import ModelError
 from ..core.types import Candidates, PatchBatch, TextFeatures
+from .itm import ItmScorer
 
 if TYPE_CHECKING:
-    from .scorers import Scorer
+    from ..indexing.index import ImageIndex
+    from .scorers import Scorer, Scores
 
 QUERIES_AT_ONCE = 64  # bounds the patches held in memory: 64 x 100 candidates are about 80 MB
+
+
+FetchPictures = Callable[[Sequence[int]], list["np.ndarray | None"]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,7 @@ def rerank(
     text: TextFeatures,
     candidates: Candidates,
     fetch_patches: Callable[[Sequence[int]], PatchBatch],
+    fetch_pictures: FetchPictures | None = None,
 ) -> Reranked:
     """Order each query's candidates by the scorer; ties go by coarse score, then by id.
 
@@ -48,12 +55,27 @@ def rerank(
         candidates: the coarse stage's answer, (Q, N).
         fetch_patches: from M image ids to their patches, in that order (``ImageIndex.patches``);
             called only if the scorer needs patches.
+        fetch_pictures: from image ids to their pixels, None where a picture cannot be read
+            (``read_pictures``); needed by scorers that look at pictures.
 
     Raises:
         ModelError: the scorer gave a NaN.
+        UsageError: the scorer looks at pictures and they cannot be fetched.
     """
+
+    def score(
+        text: TextFeatures, ids: list[int], rows: torch.Tensor, coarse: torch.Tensor
+    ) -> Scores:
+        if fetch_pictures and isinstance(scorer, ItmScorer):
+            return scorer.score_pictures(text.texts, fetch_pictures(ids), rows)
+        patches = fetch_patches(ids) if scorer.needs_patches else None
+        if patches is not None and patches.present is not None:
+            there = patches.present[rows.clamp_min(0)] & (rows >= 0)  # (Q, N)
+            rows = rows.masked_fill(~there, -1)  # (Q, N)
+        return scorer.score(text, patches, rows, coarse)
+
     parts = [
-        _rerank_some(scorer, _texts(text, some), _candidates(candidates, some), fetch_patches)
+        _rerank_some(scorer.name, score, _texts(text, some), _candidates(candidates, some))
         for some in _slices(len(candidates.ids))
     ]
     if not parts:
@@ -68,11 +90,25 @@ def rerank(
     )
 
 
+def read_pictures(index: ImageIndex, ids: Sequence[int], side: int = 512) -> list[Any]:
+    """Read indexed pictures for a scorer that looks at pixels: (H, W, 3) uint8 each, or None."""
+    from ..core.errors import MmsearchError
+    from ..indexing.images import open_thumbnail
+
+    pictures = []
+    for record in index.records(ids):
+        try:
+            pictures.append(np.asarray(open_thumbnail(Path(record.path), side).convert("RGB")))
+        except (MmsearchError, OSError):
+            pictures.append(None)
+    return pictures
+
+
 def _rerank_some(
-    scorer: Scorer,
+    name: str,
+    score: Callable[[TextFeatures, list[int], torch.Tensor, torch.Tensor], Scores],
     text: TextFeatures,
     candidates: Candidates,
-    fetch_patches: Callable[[Sequence[int]], PatchBatch],
 ) -> Reranked:
     padding = candidates.ids < 0  # (Q, N)
     coarse = np.where(padding, -np.inf, candidates.scores).astype(np.float32)  # (Q, N)
@@ -80,20 +116,13 @@ def _rerank_some(
     hidden = int(len(distinct) > 0 and distinct[0] < 0)  # the padding id sorts first
     rows = inverse.reshape(candidates.ids.shape) - hidden  # (Q, N), -1 on padding
     wanted = distinct[hidden:].tolist()
-    patches = fetch_patches(wanted) if scorer.needs_patches and wanted else None
-    if patches is not None and patches.present is not None:
-        there = patches.present.numpy()  # (M,)
-        rows = np.where((rows >= 0) & there[rows], rows, -1)  # (Q, N)
-    if scorer.needs_patches and patches is None:
-        scores, probability = coarse, None
-    else:
-        rank, match = scorer.score(
-            text, patches, torch.from_numpy(rows).long(), torch.from_numpy(coarse)
-        )
+    scores, probability = coarse, None
+    if wanted:
+        rank, match = score(text, wanted, torch.from_numpy(rows).long(), torch.from_numpy(coarse))
         scores = rank.numpy().astype(np.float32)  # (Q, N)
         probability = None if match is None else match.numpy().astype(np.float32)  # (Q, N)
     if np.isnan(scores).any():
-        raise ModelError(f"scorer {scorer.name!r} gave a score that is not a number")
+        raise ModelError(f"scorer {name!r} gave a score that is not a number")
     scores = np.where(padding, -np.inf, scores).astype(np.float32)  # (Q, N)
     order = np.lexsort((candidates.ids, -coarse, -scores), axis=1)  # (Q, N)
     coarse_order = np.lexsort((candidates.ids, -coarse), axis=1)  # (Q, N)

@@ -199,7 +199,7 @@ def load_scorer(
     Raises:
         ModelError: no head of that name, or it was trained on another encoder.
     """
-    from . import late  # noqa: F401  registers itself
+    from . import itm, late  # noqa: F401  both register themselves
 
     place = Place(encoder, choose_device(str(device) if device else None), folder)
     kind, _, argument = name.partition(":")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core.errors import BadIndex, InputError, MmsearchError, UsageError
-from .rerank import rerank
+from .rerank import read_pictures, rerank
 from .scorers import default_scorer_name, load_scorer
 
 if TYPE_CHECKING:
@@ -156,7 +156,8 @@ class Searcher:
         # A query without words has nothing for the cross-attention to attend with.
         wordless = all(not query.text.strip() for query in queries)
         scorer = load_scorer("coarse", self._spec) if wordless else self.scorer
-        ranked = rerank(scorer, text, found, self._patches)
+        pictures = functools.partial(read_pictures, self.index)
+        ranked = rerank(scorer, text, found, self._patches, pictures)
         if min_score is not None and ranked.probability is None:
             raise UsageError(
                 f"--min-score needs a match probability, and scorer {scorer.name!r} gives none",

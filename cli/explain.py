@@ -1,0 +1,157 @@
+"""``mmsearch explain``: where each word of a query looks in a picture, and what that was worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ..core.errors import StorageError, UsageError
+from .opening import index_dir
+from .options import DeviceOption, IndexOption, QuietOption
+from .output import say, stdout
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..rerank.sheets import Shown
+    from ..rerank.viewing import Viewer
+
+EXAMPLES = """
+Examples:
+
+    mmsearch explain beach.jpg "red car on a beach"
+
+    mmsearch explain beach.jpg "red car on a beach" --png sheet.png --html page.html
+
+    mmsearch explain first.jpg "two dogs" --compare second.jpg    # why one ranks above the other
+"""
+
+
+def explain(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The picture to look into.")],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="The query.")],
+    compare: Annotated[
+        Path | None,
+        typer.Option("--compare", metavar="IMAGE", help="Another picture, on the same scale."),
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", metavar="FILE", help="Write a contact sheet.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write a page to hover over.")
+    ] = None,
+    scorer: Annotated[
+        str | None,
+        typer.Option(
+            "--scorer",
+            metavar="NAME",
+            show_default="the head that fits, else late",
+            help="Which scorer to look into.",
+        ),
+    ] = None,
+    index: IndexOption = None,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Show where each word of a query looks in a picture, and which patches raised the score.
+
+    The picture need not be in the index; the index (if there is one) only says which model to use.
+    """
+    if not text.strip():
+        raise UsageError("the query is empty", "Give some words.")
+    from ..rerank import sheets
+
+    viewer = open_viewer(index, scorer, device)
+    shown = [viewer.show(path, text) for path in ([image, compare] if compare else [image])]
+    for each in shown:
+        _print_maps(each, *sheets.scales(shown))
+    if compare:
+        _print_comparison(shown[0], shown[1])
+    try:
+        if png:
+            sheets.write_sheet(png, shown, text)
+            say(f"wrote {png}", quiet=quiet)
+        if html:
+            html.write_text(sheets.html_page(shown, text), encoding="utf-8")
+            say(f"wrote {html}", quiet=quiet)
+    except OSError as error:
+        raise StorageError(f"cannot write {error.filename}: {error.strerror}") from error
+
+
+def open_viewer(index: Path | None, scorer: str | None, device: str) -> Viewer:
+    """Load the index's model, or the bundled one where there is no index."""
+    from ..indexing.encoder import encoder_for, load_encoder
+    from ..indexing.manifest import Manifest
+    from ..rerank.viewing import Viewer
+
+    folder = index_dir(index)
+    if index is None and not (folder / "manifest.json").exists():
+        return Viewer(load_encoder("bundled", device=device), scorer)
+    return Viewer(encoder_for(Manifest.read(folder).encoder, device), scorer, folder / "heads")
+
+
+def _print_maps(shown: Shown, attention: float, worth: float) -> None:
+    """A terminal's view: one small map a word, with its weight and its share of the score."""
+    explanation = shown.explanation
+    match = explanation.probability
+    verdict = "" if match is None else f", match {match:.0%}"
+    stdout.print(
+        f"[bold]{shown.name}[/]  score {explanation.score:.3f}, "
+        f"cosine {explanation.cosine:.3f}{verdict}"
+    )
+    table = Table(box=None, pad_edge=False)
+    for heading in ("word", "weight", "adds", "where it looks"):
+        table.add_column(heading, justify="right" if heading in ("weight", "adds") else "left")
+    cells = explanation.whole.size
+    shares = explanation.word_shares
+    for at, word in enumerate(explanation.words):
+        added = "" if shares is None else f"{shares[at]:+.3f}"
+        picture = heat_text(explanation.maps[at] * cells / attention)
+        table.add_row(word, f"{explanation.word_weights[at]:.0%}", added, picture)
+    stdout.print(table)
+    row, column = divmod(int(explanation.contributions.argmax()), explanation.whole.shape[1])
+    low = divmod(int(explanation.contributions.argmin()), explanation.whole.shape[1])
+    stdout.print(
+        f"most raised by the patch in row {row + 1}, column {column + 1} "
+        f"({explanation.contributions.max():+.3f}), most lowered by row {low[0] + 1}, "
+        f"column {low[1] + 1} ({explanation.contributions.min():+.3f}); "
+        f"found by {explanation.method}"
+    )
+
+
+def heat_text(strength: np.ndarray) -> Text:
+    """Draw a map of 0 to 1 with half blocks, two rows of patches in one line of text."""
+    from ..rerank.sheets import heat
+
+    colours = heat(strength)  # (h, w, 3)
+    out = Text()
+    for top in range(0, len(colours), 2):
+        for column in range(colours.shape[1]):
+            upper = "#{:02x}{:02x}{:02x}".format(*colours[top, column])
+            below = colours[top + 1, column] if top + 1 < len(colours) else None
+            lower = "" if below is None else " on #{:02x}{:02x}{:02x}".format(*below)
+            out.append("▀", style=upper + lower)
+        out.append("\n")
+    return out
+
+
+def _print_comparison(first: Shown, second: Shown) -> None:
+    """Say which words and which stage put one picture above the other."""
+    a, b = first.explanation, second.explanation
+    ahead, behind = (first, second) if a.score >= b.score else (second, first)
+    stdout.print(
+        f"[bold]{ahead.name}[/] is ahead of {behind.name} by "
+        f"{ahead.explanation.score - behind.explanation.score:.3f}"
+    )
+    if a.word_shares is None or b.word_shares is None:
+        return
+    sign = 1 if ahead is first else -1
+    words = sign * (a.word_shares - b.word_shares)  # (words,)
+    rest = abs(a.score - b.score) - float(words.sum())
+    parts = [*zip(words.tolist(), a.words, strict=True), (rest, "(the whole picture: cosine)")]
+    for value, word in sorted(parts, key=lambda part: -abs(part[0])):
+        stdout.print(f"  {value:+.3f}  {word}")
