@@ -337,7 +337,7 @@ class ImageIndex:
             self._shards,
             self._vectors,
             self._catalog,
-            batch_size=batch_size or (32 if model.device.type == "cpu" else 256),
+            batch_size=batch_size or (16 if model.device.type == "cpu" else 256),
             workers=workers or min(16, os.cpu_count() or 1),
             stopped=stopped,
             events=events,

@@ -17,8 +17,10 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -164,27 +166,26 @@ def load_in_order(
     jobs: Iterable[Job],
     spec: InputSpec,
     catalog: Catalog,
-    workers: int,
+    pool: Executor,
     ahead: int,
     stopped: Callable[[], bool],
 ) -> Iterator[Loaded]:
-    """Load files in threads, at most ``ahead`` of them before they are asked for, in order."""
+    """Load files in a pool, at most ``ahead`` of them before they are asked for, in order."""
     source = iter(jobs)
     waiting: deque[Future[Loaded]] = deque()
-    with ThreadPoolExecutor(workers, "decode") as pool:
-        try:
-            while True:
-                while len(waiting) < ahead and not stopped():
-                    job = next(source, None)
-                    if job is None:
-                        break
-                    waiting.append(pool.submit(load, job, spec, catalog))
-                if not waiting or stopped():
-                    return
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    try:
+        while True:
+            while len(waiting) < ahead and not stopped():
+                job = next(source, None)
+                if job is None:
+                    break
+                waiting.append(pool.submit(load, job, spec, catalog))
+            if not waiting or stopped():
+                return
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 class Writer:
@@ -320,6 +321,18 @@ class Tally:
     failed: int = 0
     found_again: list[int] = field(default_factory=list)  # ids of files whose content was known
 
+    def count(self, loaded: Loaded, events: Events) -> None:
+        """Count a file that was read."""
+        entry = loaded.entry
+        reason = entry.trouble or (entry.content.failure if entry.content else None)
+        if reason is not None:
+            self.failed += 1
+            events.failed(entry.path, reason)
+            return
+        self.stored += 1
+        if loaded.picture is None:
+            self.found_again.append(entry.id)
+
 
 def run(
     jobs: Iterable[Job],
@@ -339,46 +352,81 @@ def run(
         StorageError: the disk is full or Milvus fails; all batches before are stored.
         MmsearchError: the model gives no finite features at all.
     """
-    spec = encoder.spec.input_spec
     tally = Tally()
-    batch: list[Entry] = []
-    pixels = np.empty((batch_size, *spec.size, 3), np.uint8)  # (N, H, W, 3)
-    fresh = 0
-    with Writer(shards, vectors, catalog) as writer:
+    batch = _Batch()
+    running: deque[tuple[_Batch, Future[Encoded] | None]] = deque()
+    with (
+        Writer(shards, vectors, catalog) as writer,
+        _threads(encoder, workers) as (decoding, computing, lanes),
+    ):
 
-        def store() -> None:
-            nonlocal batch, fresh
-            encoded = None
-            if fresh:
-                features = encoder.encode_images(pixels[:fresh])
-                encoded = Encoded.of(features, shards.row)
-                if not np.isfinite(encoded.pooled).all():
-                    raise MmsearchError(
-                        "the model gave features that are no numbers",
-                        "Try --precision fp32, or another model.",
-                    )
-            writer.put(batch, encoded)
-            events.advanced(len(batch))
-            tally.encoded += fresh
-            batch, fresh = [], 0
+        def start() -> None:
+            nonlocal batch
+            future = None
+            if batch.pixels:
+                future = computing.submit(_encode, encoder, np.stack(batch.pixels), shards.row)
+            running.append((batch, future))
+            batch = _Batch()
 
-        ahead = 2 * batch_size + workers
-        for loaded in load_in_order(jobs, spec, catalog, workers, ahead, stopped):
-            entry = loaded.entry
+        def finish() -> None:
+            done, future = running.popleft()
+            writer.put(done.entries, future.result() if future else None)
+            events.advanced(len(done.entries))
+            tally.encoded += len(done.pixels)
+
+        ahead = (lanes + 1) * batch_size
+        spec = encoder.spec.input_spec
+        for loaded in load_in_order(jobs, spec, catalog, decoding, ahead, stopped):
+            batch.entries.append(loaded.entry)
             if loaded.picture is not None:
-                pixels[fresh] = loaded.picture.pixels
-                fresh += 1
-            reason = entry.trouble or (entry.content.failure if entry.content else None)
-            if reason is None:
-                tally.stored += 1
-                if loaded.picture is None:
-                    tally.found_again.append(entry.id)
-            else:
-                tally.failed += 1
-                events.failed(entry.path, reason)
-            batch.append(entry)
-            if fresh == batch_size or len(batch) >= COMMIT_ROWS:
-                store()
-        if batch:
-            store()
+                batch.pixels.append(loaded.picture.pixels)
+            tally.count(loaded, events)
+            if len(batch.pixels) == batch_size or len(batch.entries) >= COMMIT_ROWS:
+                start()
+                while len(running) > lanes:
+                    finish()
+        if batch.entries:
+            start()
+        while running:
+            finish()
     return tally
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Files on their way through the model, and the pixels of those that need it."""
+
+    entries: list[Entry] = field(default_factory=list)
+    pixels: list[np.ndarray] = field(default_factory=list)  # (H, W, 3) uint8 each
+
+
+def _encode(encoder: Encoder, pixels: np.ndarray, row: RowFormat) -> Encoded:
+    encoded = Encoded.of(encoder.encode_images(pixels), row)
+    if not np.isfinite(encoded.pooled).all():
+        raise MmsearchError(
+            "the model gave features that are no numbers", "Try --precision fp32, or another model."
+        )
+    return encoded
+
+
+@contextmanager
+def _threads(encoder: Encoder, workers: int) -> Iterator[tuple[Executor, Executor, int]]:
+    """Give threads that decode, threads that run the model, and how many batches run at once.
+
+    On a CPU they are the same, one a core and each with a model run of its own: no core waits for
+    another at the end of every layer, and decoding fills what the model leaves. A GPU takes one
+    batch after the other while all cores decode.
+    """
+    if encoder.device.type != "cpu":
+        with ThreadPoolExecutor(workers, "decode") as decoding, ThreadPoolExecutor(1) as computing:
+            yield decoding, computing, 2
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    one_each = partial(torch.set_num_threads, 1)
+    with ThreadPoolExecutor(workers, "embed", initializer=one_each) as pool:
+        try:
+            yield pool, pool, workers
+        finally:
+            torch.set_num_threads(before)
