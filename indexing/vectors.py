@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -298,6 +299,8 @@ class VectorStore:
 
     def _connect(self) -> Any:
         if self._client is None:
+            # Its transport would tell the user about pings while a long flush goes on.
+            os.environ.setdefault("GRPC_VERBOSITY", "NONE")
             import pymilvus
 
             for name in ("pymilvus", "milvus_lite", "grpc"):  # they log what is raised here anyway

@@ -89,7 +89,8 @@ class MilvusServer:
             )
         deadline = time.monotonic() + START_SECONDS
         while not self._answers():
-            if self._process.poll() is not None or time.monotonic() > deadline:
+            ended = self._process.poll() is not None or self._server_state() == "Z"
+            if ended or time.monotonic() > deadline:
                 said = (self.folder / "start.log").read_text(errors="replace")[-2000:]
                 self.kill()
                 raise RuntimeError(f"Milvus did not start: {said}")
@@ -112,12 +113,20 @@ class MilvusServer:
 
     def memory(self) -> int:
         """Return the resident memory of the server in bytes."""
-        assert self._process is not None
-        (child,) = (
-            Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
-        )
-        pages = int(Path(f"/proc/{child}/statm").read_text().split()[1])
+        pages = int(Path(f"/proc/{self._server()}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def _server(self) -> int | None:
+        """Return the server's process, which is the launcher's only child; None before."""
+        assert self._process is not None
+        launcher = self._process.pid
+        children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+        return int(children[0]) if children else None
+
+    def _server_state(self) -> str:
+        """Return R, S, ... as in /proc, Z when it has crashed, nothing before it is there."""
+        child = self._server()
+        return Path(f"/proc/{child}/stat").read_text().rsplit(") ", 1)[1][0] if child else ""
 
 
 def _free_port() -> int:

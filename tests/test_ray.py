@@ -24,7 +24,10 @@ TWO = RayCluster("local", workers=2, device="cpu", precision="fp32")
 
 @pytest.mark.server
 def test_two_workers_make_the_same_index(
-    tmp_path: Path, tiny_model_dir: Path, milvus_server: MilvusServer
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    milvus_server: MilvusServer,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     import ray
 
@@ -38,7 +41,8 @@ def test_two_workers_make_the_same_index(
         ids, expected = local.pooled()
         patches = local.patches(ids.tolist()).values()
 
-    # A Ray with a worker a core, of which Ray itself may not take this machine's number.
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # Ray would let all else go first
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         server = {"milvus_uri": milvus_server.uri, "milvus_token": milvus_server.token}
