@@ -31,10 +31,13 @@ class Fusion:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Probability of a match: ``sigmoid(slope * match + coarse * cosine + bias)``."""
+    """Probability of a match: ``sigmoid(slope * score + bias)`` of the fused score.
+
+    It is the probability for a text met with its picture or with another candidate at even odds,
+    and it falls from hit to hit as the score does.
+    """
 
     slope: float = 1.0
-    coarse: float = 0.0
     bias: float = 0.0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -62,15 +63,19 @@ def _hits(judged: Judged, scale: float, weight: float) -> np.ndarray:
     return torch.stack([ahead < k for k in (1, 5, 10)], dim=1).numpy()
 
 
-def calibrate(judged: Judged, steps: int = 100) -> Calibration:
-    """Fit P(match) over all candidates by logistic regression on match logit and cosine."""
-    features = torch.stack([judged.match, judged.coarse, torch.ones_like(judged.match)], dim=-1)
-    x, y = features.flatten(0, 1).double(), judged.relevant.flatten().double()  # (QN, 3), (QN,)
-    spread = x.std(dim=0).clamp_min(1e-9)  # (3,)
-    spread[2] = 1.0
+def calibrate(judged: Judged, fused: Tensor, steps: int = 100) -> Calibration:
+    """Fit P(match) to the fused scores (Q, N) by logistic regression, the two classes at even odds.
+
+    The fused score alone is as good as score and match logit together (docs/bundled-model.md), and
+    with it a better hit never looks less probable.
+    """
+    x = torch.stack([fused, torch.ones_like(fused)], dim=-1).flatten(0, 1).double()  # (QN, 2)
+    y = judged.relevant.flatten().double()  # (QN,)
+    spread = x.std(dim=0).clamp_min(1e-9)  # (2,)
+    spread[1] = 1.0
     x = x / spread
-    theta = torch.zeros(3, dtype=torch.float64)  # (3,)
-    ridge = 1e-3 * torch.eye(3, dtype=torch.float64)
+    theta = torch.zeros(2, dtype=torch.float64)  # (2,)
+    ridge = 1e-3 * torch.eye(2, dtype=torch.float64)
     for _ in range(steps):  # Newton's method
         p = (x @ theta).sigmoid()  # (QN,)
         gradient = x.T @ (p - y) + 1e-3 * theta  # (3,)
@@ -79,8 +84,9 @@ def calibrate(judged: Judged, steps: int = 100) -> Calibration:
         theta = theta - step.clamp(-2, 2)
         if float(step.abs().max()) < 1e-6:
             break
-    slope, coarse, bias = (theta / spread).tolist()
-    return Calibration(slope, coarse, bias)
+    slope, bias = (theta / spread).tolist()
+    share = float(y.mean().clamp(1e-6, 1 - 1e-6))
+    return Calibration(slope, bias - math.log(share / (1 - share)))  # from their odds to even ones
 
 
 def paired_p(

@@ -39,8 +39,8 @@ Paired over pictures, recall at 1: p = {figures["p"]:.4f}. The head {verdict}.
 The fusion weight of each half of the pictures was fitted on the other half.
 
 Score: `{card.fusion.scale:.2f} * cosine + {card.fusion.weight:.2f} * rank`.
-Probability: `sigmoid({card.calibration.slope:.3f} * match + {card.calibration.coarse:.3f} * cosine
-{card.calibration.bias:+.3f})`, fitted on all validation candidates.
+Probability: `sigmoid({card.calibration.slope:.3f} * score {card.calibration.bias:+.3f})`, fitted on
+all validation candidates, matches and others at even odds.
 
 ## Options
 

@@ -122,11 +122,11 @@ class HeadScorer:
         """Fuse the head's terms with the cosine; a picture without patches gets a mean term."""
         assert patches is not None
         fusion, calibration = self.card.fusion, self.card.calibration
-        rank, match = self.judge(text, patches.codes, rows)  # (Q, N), (Q, N)
+        rank, _ = self.judge(text, patches.codes, rows)  # (Q, N)
         there = rows >= 0  # (Q, N)
         rank = torch.where(there, rank, fusion.offset)  # (Q, N)
         fused = fusion.scale * coarse + fusion.weight * rank  # (Q, N)
-        logit = calibration.slope * match + calibration.coarse * coarse + calibration.bias
+        logit = calibration.slope * fused + calibration.bias  # (Q, N)
         return Scores(fused, torch.where(there, logit.sigmoid(), torch.nan))
 
     @torch.inference_mode()

@@ -407,7 +407,8 @@ def _finish(
     """Fit fusion and calibration on all val captions and write down what was measured."""
     judged = judge_val(head, data, options, device, None)
     fit = fit_fusion(judged)
-    calibration: Calibration = calibrate(judged)
+    fused = fit.scale * judged.coarse + fit.weight * judged.rank  # (Q, N)
+    calibration: Calibration = calibrate(judged, fused)
     figures = {"pictures": float(len(data.val)), "queries": float(len(judged.rank))}
     for column, k in enumerate((1, 5, 10)):
         figures[f"r{k}_coarse"] = round(100 * float(fit.coarse_hits[:, column].mean()), 2)

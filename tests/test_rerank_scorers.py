@@ -46,7 +46,7 @@ def make_card(name="cross", **changes):
         "encoder_weights_hash": "a" * 64,
         "patch_kind": "aligned",
         "fusion": Fusion(scale=10.0, weight=0.5, offset=0.25),
-        "calibration": Calibration(2.0, 3.0, -1.0),
+        "calibration": Calibration(2.0, -1.0),
         "figures": {"r1": 25.0},
     }
     return HeadCard(**{**values, **changes})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,13 +63,17 @@ def test_a_useful_term_gets_weight_and_a_useless_one_little():
 
 def test_calibrated_probabilities_mean_what_they_say():
     data = judged(2.0, queries=2000)
-    fit = calibrate(data)
-    p = (fit.slope * data.match + fit.coarse * data.coarse + fit.bias).sigmoid()
-    assert float(p.mean()) == pytest.approx(float(data.relevant.float().mean()), abs=0.005)
+    score = 10 * data.coarse + data.rank
+    fit = calibrate(data, score)
+    share = float(data.relevant.float().mean())
+    logit = fit.slope * score + fit.bias
+    p = (logit + math.log(share / (1 - share))).sigmoid()  # back from even odds to those here
+    assert float(p.mean()) == pytest.approx(share, abs=0.005)
     sure = p > 0.5
     assert float(data.relevant[sure].float().mean()) == pytest.approx(
         float(p[sure].mean()), abs=0.06
     )
+    assert fit.slope > 0  # a better score is never less probable
 
 
 COLOURS = ["red", "green", "blue", "white"]

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 from evaluate import candidates, encode_val, paired_p, places, recalls
-from mmsearch.rerank.checkpoint import Calibration, Fusion, HeadCard, save_head
+from mmsearch.rerank.checkpoint import Fusion, HeadCard, save_head
+from mmsearch.rerank.fitting import Judged, calibrate
 from mmsearch.rerank.heads import HeadConfig, build_head
 from mmsearch.rerank.scorers import HeadScorer
-from torch.nn import functional as F
 
 SCALE = 24.0  # the encoder's own temperature, about
 WEIGHTS = tuple(0.0 + 0.05 * i for i in range(61))
@@ -35,37 +35,6 @@ def best_weight(cosine, rank, rows, truth) -> float:
         mrr.append((1 / (place + 1)).mean().item())
     good = [w for w, m in zip(WEIGHTS, mrr, strict=True) if m >= max(mrr) - 5e-4]
     return sum(good) / len(good)
-
-
-def platt(match, cosine, rows, truth, hardest: int = 10) -> Calibration:
-    """Logistic fit of match/no match: the truth against the ten nearest others, evenly weighed."""
-    mine = rows == truth[:, None]  # (Q, n)
-    inside = mine.any(1)
-    others = torch.zeros_like(mine)
-    others[:, : hardest + 1] = True
-    others &= ~mine
-    y = torch.cat([torch.ones(int(mine.sum())), torch.zeros(int(others.sum()))])
-    x = torch.stack([
-        torch.cat([match[mine], match[others]]), torch.cat([cosine[mine], cosine[others]]),
-    ], 1)  # fmt: skip
-    weight = torch.where(y > 0, 0.5 / mine.sum(), 0.5 / others.sum())
-    mean, std = x.mean(0), x.std(0)
-    theta = torch.zeros(3, requires_grad=True)
-    optim = torch.optim.LBFGS([theta], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
-        optim.zero_grad()
-        logit = ((x - mean) / std) @ theta[:2] + theta[2]
-        value = F.binary_cross_entropy_with_logits(logit, y, weight, reduction="sum")
-        value.backward()
-        return value
-
-    optim.step(loss)
-    a = theta.detach()[:2] / std
-    print(
-        f"calibration over {int(inside.sum())} captions, loss {loss().item():.4f} (chance 0.6931)"
-    )
-    return Calibration(a[0].item(), a[1].item(), (theta.detach()[2] - (a * mean).sum()).item())
 
 
 def main() -> None:
@@ -104,7 +73,8 @@ def main() -> None:
     print(json.dumps({"weight": weight, "both halves": shipped, **figures}, indent=2))
     if fused["r1"] <= coarse["r1"]:
         raise SystemExit("the head does not beat the coarse order; nothing written")
-    calibration = platt(match, cosine, rows, val.truth)
+    judged = Judged(cosine, rank, match, rows == val.truth[:, None], val.truth.numpy())
+    calibration = calibrate(judged, SCALE * cosine + weight * rank)
     fusion = Fusion(SCALE, weight, (rank.mean()).item())
     card = replace(card, fusion=fusion, calibration=calibration, figures=figures)
     save_head(args.out, head.half(), card)
