@@ -96,7 +96,7 @@ class ItmScorer:
         pairs = there.nonzero()  # (pairs, 2)
         for some in pairs.split(PAIRS_AT_ONCE):
             chosen = [pictures[int(rows[q, n])] for q, n in some.tolist()]
-            said = [texts[q] for q, _ in some.tolist()]
+            said = [texts[int(q)] for q, _ in some.tolist()]
             logits[some[:, 0], some[:, 1]] = self._judge(said, chosen).float().cpu()
         lowest = logits.nan_to_num(torch.inf).amin(dim=1, keepdim=True).nan_to_num(posinf=0.0)
         probability = logits.sigmoid() if self._blip else None  # ViLT's logit is not calibrated
