@@ -110,7 +110,11 @@ def _print_maps(shown: Shown, attention: float, worth: float) -> None:
     shares = explanation.word_shares
     for at, word in enumerate(explanation.words):
         added = "" if shares is None else f"{shares[at]:+.3f}"
-        picture = heat_text(explanation.maps[at] * cells / attention)
+        picture = (
+            heat_text(explanation.maps[at] * cells / attention)
+            if stdout.is_terminal
+            else _name_peak(explanation.maps[at])
+        )
         table.add_row(word, f"{explanation.word_weights[at]:.0%}", added, picture)
     stdout.print(table)
     row, column = divmod(int(explanation.contributions.argmax()), explanation.whole.shape[1])
@@ -123,20 +127,27 @@ def _print_maps(shown: Shown, attention: float, worth: float) -> None:
     )
 
 
+def _name_peak(cells: np.ndarray) -> str:
+    """Say in words where a map (h, w) is highest, for output that has no colours."""
+    row, column = divmod(int(cells.argmax()), cells.shape[1])
+    return f"row {row + 1}, column {column + 1} ({cells.max() * cells.size:.1f} x even)"
+
+
 def heat_text(strength: np.ndarray) -> Text:
     """Draw a map of 0 to 1 with half blocks, two rows of patches in one line of text."""
     from ..rerank.sheets import heat
 
     colours = heat(strength)  # (h, w, 3)
-    out = Text()
+    lines = []
     for top in range(0, len(colours), 2):
+        out = Text()
         for column in range(colours.shape[1]):
             upper = "#{:02x}{:02x}{:02x}".format(*colours[top, column])
             below = colours[top + 1, column] if top + 1 < len(colours) else None
             lower = "" if below is None else " on #{:02x}{:02x}{:02x}".format(*below)
             out.append("▀", style=upper + lower)
-        out.append("\n")
-    return out
+        lines.append(out)
+    return Text("\n").join([*lines, Text()])
 
 
 def _print_comparison(first: Shown, second: Shown) -> None:

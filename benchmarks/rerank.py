@@ -1,0 +1,199 @@
+"""What the second stage costs: our forms of attention against torch's and against recomputation.
+
+    python benchmarks/rerank.py                    # all shapes, CPU
+    python benchmarks/rerank.py --device cuda
+    python benchmarks/rerank.py --quick            # the bundled model's shape only
+
+Each line judges N candidates of one text with the same two-block head: text states of width 256,
+four heads, patches of width 320 in int8. ``torch`` swaps in nn.MultiheadAttention with the same
+weights over patches widened and placed as it needs them. The floor counts multiplications at the
+machine's measured matrix speed and bytes at its measured copy speed, whichever takes longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+from mmsearch.core.types import Grid
+from mmsearch.rerank.attention import Context, CrossAttention, absorption_is_cheaper
+from mmsearch.rerank.heads import CrossBlock, CrossHead, HeadConfig
+from mmsearch.rerank.scorers import VALUES_AT_ONCE
+from mmsearch.rerank.sparse import Hierarchical, Local
+from torch import nn
+
+C_TEXT, C, WIDTH, HEADS = 384, 320, 256, 4
+GRIDS = {49: Grid(7, 7), 196: Grid(14, 14), 576: Grid(24, 24)}
+
+
+def timed(work: Callable[[], object], device: torch.device, least: float) -> float:
+    """Median seconds of one call."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    times: list[float] = []
+    work()
+    wait()
+    while sum(times) < least or len(times) < 5:
+        start = time.perf_counter()
+        work()
+        wait()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+class TorchHead(nn.Module):
+    """The same head through nn.MultiheadAttention."""
+
+    def __init__(self, head: CrossHead) -> None:
+        super().__init__()
+        self.head = head
+        self.attentions = nn.ModuleList()
+        for block in head.blocks:
+            ours = block.attention
+            theirs = nn.MultiheadAttention(WIDTH, HEADS, kdim=C, vdim=C, batch_first=True)
+            projections = (ours.q_proj, ours.k_proj, ours.v_proj)
+            for name, layer in zip("qkv", projections, strict=True):
+                getattr(theirs, f"{name}_proj_weight").data.copy_(layer.weight)
+            theirs.in_proj_bias.data.copy_(torch.cat([layer.bias for layer in projections]))
+            theirs.out_proj.load_state_dict(ours.out_proj.state_dict())
+            self.attentions.append(theirs)
+
+    def judge(self, tokens: torch.Tensor, mask: torch.Tensor, codes: torch.Tensor):
+        values = self.head.context(tokens, mask, codes).values()[0]  # (N, P, C)
+        states = self.head.embed(tokens)[0].expand(len(values), -1, -1)  # (N, T, W)
+        for block, attention in zip(self.head.blocks, self.attentions, strict=True):
+            query = block.attention_norm(states)
+            states = states + attention(query, values, values, need_weights=False)[0]
+            states = states + block.ffn(block.ffn_norm(states))
+        return self.head.read(states.unsqueeze(0), mask)
+
+
+class OneForm(CrossAttention):
+    """Our attention, held to one of its two forms."""
+
+    absorb = True
+
+    def forward(self, states: torch.Tensor, context: Context) -> torch.Tensor:
+        return (self.absorbed if self.absorb else self.projected)(states, context)
+
+
+def hold(head: CrossHead, absorb: bool) -> CrossHead:
+    """A copy of a head that uses one form only."""
+    other = CrossHead(head.config).eval()
+    other.load_state_dict(head.state_dict())
+    for block in other.blocks:
+        assert isinstance(block, CrossBlock)
+        block.attention.__class__ = OneForm
+        block.attention.absorb = absorb
+    return other
+
+
+def operations(tokens: int, patches: int) -> float:
+    """Multiplications for one pair, the cheaper form, feed-forward included."""
+    absorb = absorption_is_cheaper(tokens, patches, C, WIDTH, HEADS)
+    if absorb:
+        attention = 2 * tokens * C * WIDTH + 2 * tokens * patches * (HEADS * C + WIDTH)
+    else:
+        attention = 2 * patches * C * WIDTH + 2 * tokens * patches * WIDTH
+    rest = tokens * WIDTH * WIDTH * (2 + 2 * 2 + 2)  # q, out; gated feed-forward of ratio 2
+    return 2.0 * (attention + rest)  # two blocks
+
+
+def machine(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Measured multiplications a second of a matrix product, and bytes a second of a read."""
+    side = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    flops = side**3 / timed(lambda: a @ a, device, 0.3)
+    data = torch.ones(1 << 26, dtype=torch.int8, device=device)
+    return flops, data.numel() / timed(lambda: data.clone(), device, 0.3)
+
+
+def encoder_seconds(device: str) -> float:
+    """Seconds a picture to encode it again with the bundled encoder."""
+    import numpy as np
+    from mmsearch.indexing.encoder import load_encoder
+
+    encoder = load_encoder("bundled", device=device)
+    pixels = np.random.default_rng(0).integers(0, 255, (16, *encoder.spec.input_size, 3), np.uint8)
+    return timed(lambda: encoder.encode_images(pixels), encoder.device, 1.0) / 16
+
+
+@torch.inference_mode()
+def judge_in_pieces(module, tokens, mask, codes: torch.Tensor, room: int) -> None:
+    """Judge candidates as the scorer does: as many at once as fit the cache."""
+    for at in range(0, codes.shape[1], room):
+        module.judge(tokens, mask, codes[:, at : at + room])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=0.5, help="least time a measurement")
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    flops, bandwidth = machine(device, dtype)
+    again = encoder_seconds(args.device)
+    print(f"{device}, {dtype}, {flops / 1e9:.0f} GMAC/s, {bandwidth / 1e9:.1f} GB/s; "
+          f"encoding a picture again {again * 1e3:.1f} ms")  # fmt: skip
+    print("| N | P | T | form | ms a query | pairs/s | x torch | MB read | floor, ms | x floor |")
+    print("|--|--|--|--|--|--|--|--|--|--|")
+    shapes = [
+        (n, p, t)
+        for n in ((100,) if args.quick else (100, 1000))
+        for p in ((49,) if args.quick else GRIDS)
+        for t in ((8,) if args.quick else (8, 16, 77))
+    ]
+    for n, p, t in shapes:
+        torch.manual_seed(0)
+        head = CrossHead(HeadConfig("cross", C_TEXT, C, GRIDS[p], WIDTH, HEADS)).eval()
+        codes = torch.randint(-127, 128, (1, n, p, C), dtype=torch.int8, device=device)
+        tokens = torch.randn(1, t, C_TEXT, device=device, dtype=dtype)
+        mask = torch.ones(1, t, dtype=torch.bool, device=device)
+        room = max(1, VALUES_AT_ONCE.get(device.type, 1 << 22) // (p * C))
+        forms: dict[str, nn.Module] = {
+            "torch": TorchHead(head),
+            "projected": hold(head, absorb=False),
+            "absorbed": hold(head, absorb=True),
+            "chosen": head,
+        }
+        if p > 49:
+            for name, rule in (("local", Local()), ("hierarchical", Hierarchical())):
+                forms[name] = hold(head, absorb=True)
+                forms[name].selection = rule
+        floor = max(n * operations(t, p) / flops, n * p * C / bandwidth)
+        base = None
+        for name, module in forms.items():
+            module.to(device, dtype)
+
+            work = functools.partial(judge_in_pieces, module, tokens, mask, codes, room)
+            seconds = timed(work, device, args.seconds)
+            base = base or seconds
+            read = n * p * C
+            if name in ("local", "hierarchical"):
+                with torch.inference_mode():
+                    seen = module.context(tokens, mask, codes[:, :1]).codes.shape[2]
+                read = n * seen * C
+            print(
+                f"| {n} | {p} | {t} | {name} | {seconds * 1e3:.1f} | {n / seconds:.0f} | "
+                f"{base / seconds:.2f} | {read / 1e6:.1f} | {floor * 1e3:.1f} | "
+                f"{seconds / floor:.1f} |",
+                flush=True,
+            )
+        print(
+            f"| {n} | {p} | {t} | encode again (bundled) | {again * n * 1e3:.0f} | "
+            f"{1 / again:.0f} | {base / (again * n):.2f} | | | |"
+        )
+
+
+if __name__ == "__main__":
+    main()
