@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import ask, check, explain, index, models, query, remove, status, train
+from . import ask, check, explain, index, migrate, models, query, remove, status, train
 from .eval import eval_app
 from .output import report_error
 
@@ -53,6 +53,7 @@ app.command(epilog=query.EXAMPLES)(query.query)
 app.command(epilog=status.EXAMPLES)(status.status)
 app.command(epilog=check.EXAMPLES)(check.check)
 app.command(epilog=remove.EXAMPLES)(remove.remove)
+app.command(epilog=migrate.EXAMPLES)(migrate.migrate)
 app.command(epilog=models.EXAMPLES)(models.models)
 app.command(epilog=explain.EXAMPLES)(explain.explain)
 app.command(epilog=ask.EXAMPLES)(ask.ask)
