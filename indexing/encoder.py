@@ -149,10 +149,12 @@ class Encoder:
         Returns:
             Pooled vectors and patch features as float32 on the encoder's device.
         """
+        import numpy as np
         import torch
         import torch.nn.functional as F
 
-        batch = torch.from_numpy(pixels)  # (N, H, W, 3) uint8
+        # torch warns of arrays it could not write to; few are, and those few are copied
+        batch = torch.from_numpy(np.require(pixels, requirements="W"))  # (N, H, W, 3) uint8
         if self.device.type == "cuda":
             batch = batch.pin_memory().to(self.device, non_blocking=True)  # (N, H, W, 3)
         images = batch.to(self.device).permute(0, 3, 1, 2)  # (N, 3, H, W), channels-last strides

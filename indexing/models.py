@@ -52,11 +52,11 @@ def find_weights(folder: Path) -> Path:
     Raises:
         ModelError: there is none.
     """
-    from open_clip.factory import _find_checkpoint_in_dir
-
     for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"):
         if (folder / name).is_file():  # the usual names, without open_clip's slow import
             return folder / name
+    from open_clip.factory import _find_checkpoint_in_dir
+
     found = _find_checkpoint_in_dir(folder)
     if found is None:
         raise ModelError(

@@ -73,9 +73,9 @@ class BertTextTower(nn.Module):
         super().__init__()
         d = config.hidden_size
         self.pad_id = config.pad_token_id
-        self.word = nn.Embedding(config.vocab_size, d)
-        self.position = nn.Embedding(config.max_position_embeddings, d)
-        self.segment = nn.Embedding(config.type_vocab_size, d)
+        self.word = _blank_embedding(config.vocab_size, d)
+        self.position = _blank_embedding(config.max_position_embeddings, d)
+        self.segment = _blank_embedding(config.type_vocab_size, d)
         self.norm = nn.LayerNorm(d, config.layer_norm_eps)
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
         self.proj = nn.Linear(d, embed_dim, bias=False)
@@ -91,6 +91,14 @@ class BertTextTower(nn.Module):
         kept = mask.unsqueeze(-1).to(x.dtype)  # (Q, T, 1)
         mean = (x * kept).sum(1) / kept.sum(1)  # (Q, d)
         return self.proj(mean), x
+
+
+def _blank_embedding(rows: int, width: int) -> nn.Embedding:
+    """An embedding without the random start, which costs more time than all the rest.
+
+    The meta device would avoid it too, but its random numbers import torch's compiler (1 s).
+    """
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 # Our names for the parts of a layer, and Hugging Face's.
@@ -130,8 +138,7 @@ def load_bert_tower(config: Path, checkpoint: Path, embed_dim: int) -> BertTextT
     """
     from safetensors import safe_open
 
-    with torch.device("meta"):  # no time spent on random weights that are overwritten
-        tower = BertTextTower(BertConfig.read(config), embed_dim)
+    tower = BertTextTower(BertConfig.read(config), embed_dim)
     with safe_open(checkpoint, framework="pt") as file:
         stored = set(file.keys())
         wanted = {name: checkpoint_name(name) for name, _ in tower.named_parameters()}
