@@ -59,7 +59,8 @@ def recall(index_dir: Path, folder: Path, captions: list[str], scorer: str) -> d
         return 100 * float(((scores >= mine).sum(1) == 1).float().mean())  # ties count against us
 
     def scored(codes: torch.Tensor) -> float:
-        return hit(judge.score(text, PatchBatch(codes, None, patches.grid), rows, coarse).rank)
+        batch = PatchBatch(codes, None, patches.grid, pooled=patches.pooled)
+        return hit(judge.score(text, batch, rows, coarse).rank)
 
     return {
         "coarse": hit(coarse),

@@ -57,6 +57,7 @@ class PatchBatch:
     scales: torch.Tensor | None  # (M, P) float16 or None
     grid: Grid
     present: torch.Tensor | None = None  # (M,) bool, False where there are none; None: all are
+    pooled: torch.Tensor | None = None  # (M, D) float32, unit vectors of the same images
 
     def values(self) -> torch.Tensor:
         """Return the patches widened to float32, (M, P, C)."""

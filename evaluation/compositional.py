@@ -202,9 +202,10 @@ def _score(
             for _ in trial.captions
         ]
     )  # (Q, N)
-    cosines = text.pooled.cpu() @ pictures.pooled.cpu().T  # (Q, M)
+    pooled = pictures.pooled.cpu()  # (M, D)
+    cosines = text.pooled.cpu() @ pooled.T  # (Q, M)
     coarse = cosines.gather(1, rows.clamp_min(0)).masked_fill(rows < 0, -torch.inf)  # (Q, N)
-    patches = PatchBatch(pictures.patches.cpu(), None, Grid(*pictures.grid))
+    patches = PatchBatch(pictures.patches.cpu(), None, Grid(*pictures.grid), pooled=pooled)
     tables = [coarse]
     tables += [scorer.score(text, patches, rows, coarse).rank.cpu() for scorer in scorers]
     ends = np.cumsum([len(trial.captions) for trial in trials])[:-1]

@@ -259,7 +259,7 @@ class Shards:
         return result
 
     def patches(self, positions: np.ndarray, *, allow_missing: bool = False) -> PatchBatch:
-        """Read the patch features of images, in the order asked for.
+        """Read the features of images, in the order asked for.
 
         Args:
             positions: (M, 2) int64, shard and row of each image.
@@ -276,13 +276,17 @@ class Shards:
         codes = np.empty((len(positions), *kind["codes"].shape), kind["codes"].base)
         scaled = "scales" in (kind.names or ())
         scales = np.empty((len(positions), self.row.grid.size), "<f2") if scaled else None
+        pooled = np.zeros((len(positions), self.row.embed_dim), np.float32)
         for shard, places in _by_shard(positions):
-            name = f"{shard:06d}.patches"
+            files = ((f"{shard:06d}.pooled", self.row.pooled), (f"{shard:06d}.patches", kind))
             if allow_missing:
-                there = self._readable(name, kind, positions, places)
+                there = places
+                for name, layout in files:
+                    there = self._readable(name, layout, positions, there)
                 present[np.setdiff1d(places, there)] = False
                 places = there
-            rows = self._rows(name, kind, positions, places)
+            vectors, rows = (self._rows(*file, positions, places) for file in files)
+            pooled[places] = vectors
             codes[places] = rows["codes"]
             if scales is not None:
                 scales[places] = rows["scales"]
@@ -293,6 +297,7 @@ class Shards:
             scales=None if scales is None else torch.from_numpy(scales),  # (M, P)
             grid=self.row.grid,
             present=None if present.all() else torch.from_numpy(present),  # (M,)
+            pooled=torch.from_numpy(pooled),  # (M, D)
         )
 
     def _readable(

@@ -15,6 +15,7 @@ from ..core.errors import ModelError
 
 if TYPE_CHECKING:
     from .heads import Head, HeadConfig
+    from .querybank import Querybank
 
 FORMAT = 1
 WEIGHTS, CONFIG = "head.safetensors", "config.json"
@@ -22,11 +23,16 @@ WEIGHTS, CONFIG = "head.safetensors", "config.json"
 
 @dataclass(frozen=True)
 class Fusion:
-    """How the head's rank term joins the coarse score: ``scale * coarse + weight * rank``."""
+    """How the head's rank term joins the cosine.
+
+    ``scale * (cosine - popularity_weight * popularity) + weight * rank``; see ``querybank``.
+    """
 
     scale: float  # what the cosine similarity is multiplied by
     weight: float = 1.0
-    offset: float = 0.0  # mean rank term on val; stands in for candidates without patches
+    popularity_weight: float = 0.0  # with 0 there is no bank
+    offset: float = 0.0  # mean on val of what is added to ``scale * cosine``; stands in for
+    # candidates without patches
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,15 @@ class HeadCard:
     figures: dict[str, float] = field(default_factory=dict)  # e.g. {"r1_coarse": ..., "p": ...}
 
 
-def save_head(folder: Path, head: Head, card: HeadCard) -> None:
-    """Write ``head`` and its card; the config comes last, so a half-written folder is no head."""
+def save_head(folder: Path, head: Head, card: HeadCard, bank: Querybank | None = None) -> None:
+    """Write a head, its bank and its card; the config comes last, so half a folder is no head."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
     save_file(state, folder / WEIGHTS)
+    if bank is not None:
+        bank.save(folder)
     values = {"format": FORMAT, "head": head.config.to_dict(), **asdict(card)}
     partial = folder / f"{CONFIG}.partial"
     partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -90,8 +98,8 @@ def read_card(folder: Path) -> tuple[HeadConfig, HeadCard]:
         ) from error
 
 
-def load_head(folder: Path) -> tuple[Head, HeadCard]:
-    """Read a head, ready to score (evaluation mode, float32, on the CPU).
+def load_head(folder: Path) -> tuple[Head, HeadCard, Querybank | None]:
+    """Read a head and its bank, ready to score (evaluation mode, float32, on the CPU).
 
     Raises:
         ModelError: the folder holds no head, or its weights do not fit its config.
@@ -100,6 +108,7 @@ def load_head(folder: Path) -> tuple[Head, HeadCard]:
     from safetensors.torch import load_file
 
     from .heads import build_head
+    from .querybank import Querybank
 
     config, card = read_card(folder)
     head = build_head(config)
@@ -110,4 +119,5 @@ def load_head(folder: Path) -> tuple[Head, HeadCard]:
         raise ModelError(
             f"the weights in {folder / WEIGHTS} do not fit: {error}", "Train the head again."
         ) from error
-    return head.eval(), card
+    bank = Querybank.load(folder) if card.fusion.popularity_weight else None
+    return head.eval(), card, bank

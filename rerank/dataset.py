@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..core.errors import InputError
 from ..core.types import TextFeatures
 from .negatives import wrong_captions
+from .querybank import LARGEST, Querybank
 
 if TYPE_CHECKING:
     from ..indexing.encoder import TextEncoder
@@ -71,6 +72,13 @@ class TrainingSet:
     wrong_of: np.ndarray  # (K,) row in ``wrong`` of a caption, -1 where no rule applied
     train: np.ndarray  # picture rows
     val: np.ndarray  # picture rows
+
+    def bank(self, seed: int) -> Querybank:
+        """Return a bank of training captions, drawn by ``seed``."""
+        rows = self.captions_of(self.train)
+        if len(rows) > LARGEST:
+            rows = np.sort(np.random.default_rng(seed).choice(rows, LARGEST, replace=False))
+        return Querybank(self.captions.pooled[rows])
 
     def captions_of(self, pictures: np.ndarray) -> np.ndarray:
         """Return the caption rows of some pictures, in order."""

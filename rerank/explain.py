@@ -253,4 +253,4 @@ def _grid(maps: Tensor, grid: Grid) -> np.ndarray:
 def _as_batch(image: ImageFeatures):
     from ..core.types import PatchBatch
 
-    return PatchBatch(image.patches[:1], None, image.grid)
+    return PatchBatch(image.patches[:1], None, image.grid, pooled=image.pooled[:1])

@@ -1,7 +1,8 @@
-"""From a head's raw terms to a scorer: the fusion weight, the probability, and a paired test."""
+"""From a head's raw terms to a scorer: fusion weights, the probability, and a paired test."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -11,13 +12,16 @@ from torch import Tensor
 
 from .checkpoint import Calibration
 
+POPULARITY_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3, 1.7, 2.2, 3.0, 5.0, 10.0)
 
 
 class Judged(NamedTuple):
     """Q queries' candidates as coarse stage and head see them. Shapes (Q, N) unless said."""
 
+    scale: float  # of the cosine, see ``spread_scale``
     coarse: Tensor  # cosine similarity
+    popularity: Tensor  # of the candidates at that scale
     rank: Tensor  # the head's rank term
     match: Tensor  # the head's match logit
     relevant: Tensor  # bool
@@ -27,36 +31,59 @@ class Judged(NamedTuple):
 class Fit(NamedTuple):
     """A fused order, and what it is worth."""
 
-    scale: float  # of the cosine
     weight: float  # of the rank term
+    popularity_weight: float
     coarse_hits: np.ndarray  # (Q, 3) hit at 1, 5, 10 by cosine
-    hits: np.ndarray  # (Q, 3) the same by the fused score, weight fitted on the other half
+    bank_hits: np.ndarray  # (Q, 3) by cosine less popularity, weight fitted on the other half
+    hits: np.ndarray  # (Q, 3) by the fused score, both weights fitted on the other half
+
+    def fused(self, judged: Judged) -> Tensor:
+        """Return the fused scores, (Q, N)."""
+        return fuse(judged, self.popularity_weight, self.weight)
+
+
+def spread_scale(coarse: Tensor) -> float:
+    """Return what brings the cosines of one query's candidates (Q, N) to unit spread."""
+    return 1.0 / float(coarse.std(dim=1).mean().clamp_min(1e-6))
+
+
+def fuse(judged: Judged, popularity_weight: float, weight: float) -> Tensor:
+    """Return ``scale * (cosine - popularity_weight * popularity) + weight * rank``, (Q, N)."""
+    cosine = judged.coarse - popularity_weight * judged.popularity  # (Q, N)
+    return judged.scale * cosine + weight * judged.rank  # (Q, N)
 
 
 def fit_fusion(judged: Judged) -> Fit:
-    """Choose the rank term's weight, and measure it honestly.
+    """Choose the weights of popularity and rank term, and measure them honestly.
 
-    The weight is the one with the most hits at 1 (then at 5) over all queries. For the figures,
-    the pictures are halved and each half is ranked with the weight that suits the other.
+    The weights are those with the most hits at 1 (then at 5) over all queries. For the figures,
+    the pictures are halved and each half is ranked with the weights that suit the other.
     """
-    scale = 1.0 / float(judged.coarse.std(dim=1).mean().clamp_min(1e-6))
-    by_weight = np.stack([_hits(judged, scale, weight) for weight in WEIGHTS])  # (W, Q, 3)
+    grid = list(itertools.product(POPULARITY_WEIGHTS, WEIGHTS))  # the first is the cosine alone
+    tables = np.stack([_hits(judged, fuse(judged, *weights)) for weights in grid])  # (W, Q, 3)
+    alone = tables[:: len(WEIGHTS)]  # (W', Q, 3), rank weight 0
     half = judged.picture % 2 == 0  # (Q,)
-    hits = by_weight[0].copy()  # (Q, 3)
+    popularity_weight, weight = grid[_best(tables)]
+    coarse, bank, both = tables[0], _cross_fitted(alone, half), _cross_fitted(tables, half)
+    return Fit(weight, popularity_weight, coarse, bank, both)
+
+
+def _cross_fitted(tables: np.ndarray, half: np.ndarray) -> np.ndarray:
+    """Take each half's hits from the table (W, Q, 3) that is best on the other half: (Q, 3)."""
+    hits = tables[0].copy()  # (Q, 3)
     for here in (half, ~half):
         if here.any() and not here.all():
-            hits[here] = by_weight[_best(by_weight[:, ~here])][here]
-    return Fit(scale, WEIGHTS[_best(by_weight)], by_weight[0], hits)
+            hits[here] = tables[_best(tables[:, ~here])][here]
+    return hits
 
 
-def _best(by_weight: np.ndarray) -> int:
-    value = by_weight.mean(axis=1) @ np.array([1.0, 0.5, 0.25])  # (W,)
+def _best(tables: np.ndarray) -> int:
+    value = tables.mean(axis=1) @ np.array([1.0, 0.5, 0.25])  # (W,)
     return int(value.argmax())
 
 
-def _hits(judged: Judged, scale: float, weight: float) -> np.ndarray:
+def _hits(judged: Judged, fused: Tensor) -> np.ndarray:
     """Whether a relevant picture is among the first 1, 5, 10; ties count against us. (Q, 3)."""
-    fused = scale * judged.coarse + weight * judged.rank  # (Q, N)
     mine = fused.masked_fill(~judged.relevant, -torch.inf).amax(dim=1, keepdim=True)  # (Q, 1)
     ahead = ((fused >= mine) & ~judged.relevant).sum(dim=1)  # (Q,)
     ahead = ahead.masked_fill(~judged.relevant.any(dim=1), 10**6)  # (Q,)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checkpoint import CONFIG, WEIGHTS
+from .querybank import FILE as BANK
 
 if TYPE_CHECKING:
     from .train import Outcome, TrainOptions
@@ -17,7 +18,8 @@ def write_card(folder: Path, outcome: Outcome, options: TrainOptions, captions: 
     card, figures, config = outcome.card, outcome.card.figures, outcome.head.config
     verdict = "beats the coarse order" if outcome.beats_coarse else "does not beat the coarse order"
     rows = "\n".join(
-        f"| {k} | {figures[f'r{k}_coarse']:.2f} | {figures[f'r{k}']:.2f} | "
+        f"| {k} | {figures[f'r{k}_coarse']:.2f} | {figures[f'r{k}_bank']:.2f} | "
+        f"{figures[f'r{k}']:.2f} | "
         f"{figures[f'r{k}'] - figures[f'r{k}_coarse']:+.2f} |"
         for k in (1, 5, 10)
     )
@@ -31,14 +33,15 @@ Trained on {captions}. Fits the encoder whose weights have sha256 `{card.encoder
 Text to image over {figures["pictures"]:.0f} validation pictures, {figures["queries"]:.0f} captions,
 {options.candidates} candidates a caption:
 
-| recall at | coarse, % | reranked, % | change |
-|---|---|---|---|
+| recall at | coarse, % | coarse less popularity, % | reranked, % | change |
+|---|---|---|---|---|
 {rows}
 
 Paired over pictures, recall at 1: p = {figures["p"]:.4f}. The head {verdict}.
 The fusion weight of each half of the pictures was fitted on the other half.
 
-Score: `{card.fusion.scale:.2f} * cosine + {card.fusion.weight:.2f} * rank`.
+Score: `{card.fusion.scale:.2f} * (cosine - {card.fusion.popularity_weight:.2f} * popularity)
++ {card.fusion.weight:.2f} * rank`.
 Probability: `sigmoid({card.calibration.slope:.3f} * score {card.calibration.bias:+.3f})`, fitted on
 all validation candidates, matches and others at even odds.
 
@@ -73,7 +76,9 @@ def install(folder: Path, heads: Path, name: str) -> Path:
     """Copy a trained head to ``<index>/heads/<name>``, replacing what was there; return it."""
     target = heads / name
     target.mkdir(parents=True, exist_ok=True)
-    (target / CONFIG).unlink(missing_ok=True)  # last in, first out: never a head of mixed parts
-    for file in (WEIGHTS, "README.md", CONFIG):
-        shutil.copy2(folder / file, target / file)
+    for file in (CONFIG, BANK):  # the config goes first and comes last: never a mixed head
+        (target / file).unlink(missing_ok=True)
+    for file in (WEIGHTS, BANK, "README.md", CONFIG):
+        if (folder / file).exists():
+            shutil.copy2(folder / file, target / file)
     return target

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..core.types import PatchBatch, TextFeatures
     from ..indexing.encoder import EncoderSpec
     from .heads import Head
+    from .querybank import Querybank
 
 SHIPPED = Path(__file__).parent.parent / "indexing" / "bundled" / "heads"
 
@@ -98,20 +99,24 @@ class CoarseScorer:
 
 
 class HeadScorer:
-    """A trained head: ``scale * cosine + weight * rank term``, and a calibrated probability.
+    """A trained head beside the cosine (see ``Fusion``), and a calibrated probability.
 
     Args:
         head: in evaluation mode.
         card: its fusion and calibration.
         device: where to compute. On CUDA the head runs in bfloat16: int8 codes reach 127, and
             their products would leave the range of float16.
+        bank: what popularity is measured by; needed if the fusion gives it a weight.
     """
 
     needs_patches = True
 
-    def __init__(self, head: Head, card: HeadCard, device: torch.device) -> None:
+    def __init__(
+        self, head: Head, card: HeadCard, device: torch.device, bank: Querybank | None = None
+    ) -> None:
         self.name = card.name
         self.card = card
+        self.bank = bank
         self.device = device
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.head = head.to(device, self.dtype)
@@ -123,9 +128,14 @@ class HeadScorer:
         assert patches is not None
         fusion, calibration = self.card.fusion, self.card.calibration
         rank, _ = self.judge(text, patches.codes, rows)  # (Q, N)
+        added = fusion.weight * rank  # (Q, N)
+        if self.bank is not None and len(patches.codes):
+            assert patches.pooled is not None
+            popularity = self.bank.popularity(patches.pooled, fusion.scale)  # (M,)
+            held_back = fusion.scale * fusion.popularity_weight * popularity  # (M,)
+            added = added - held_back[rows.clamp_min(0)]  # (Q, N)
         there = rows >= 0  # (Q, N)
-        rank = torch.where(there, rank, fusion.offset)  # (Q, N)
-        fused = fusion.scale * coarse + fusion.weight * rank  # (Q, N)
+        fused = fusion.scale * coarse + torch.where(there, added, fusion.offset)  # (Q, N)
         logit = calibration.slope * fused + calibration.bias  # (Q, N)
         return Scores(fused, torch.where(there, logit.sigmoid(), torch.nan))
 
@@ -206,8 +216,8 @@ def load_scorer(
     if kind in REGISTRY and not Path(name).is_dir():
         return REGISTRY[kind](argument, place)
     path = _find_head(name, place)
-    head, card = load_head(path)
-    return HeadScorer(head, card, place.device)
+    head, card, bank = load_head(path)
+    return HeadScorer(head, card, place.device, bank)
 
 
 def default_scorer_name(encoder: EncoderSpec, folder: Path | None = None) -> str:

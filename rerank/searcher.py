@@ -189,6 +189,8 @@ class Searcher:
             )
             fresh = stored_form(features.patches, self.index.manifest.row_format)
             batch.codes[some] = fresh.codes
+            if batch.pooled is not None:
+                batch.pooled[some] = features.pooled.cpu()
             if batch.scales is not None and fresh.scales is not None:
                 batch.scales[some] = fresh.scales
             present[some] = True

@@ -28,7 +28,7 @@ from torch.nn import functional
 from ..core.errors import InputError, ModelError
 from .checkpoint import Calibration, Fusion, HeadCard, save_head
 from .dataset import TrainingSet
-from .fitting import Fit, Judged, calibrate, fit_fusion, paired_p
+from .fitting import Fit, Judged, calibrate, fit_fusion, paired_p, spread_scale
 from .heads import Head, HeadConfig, build_head
 from .scorers import HeadScorer
 
@@ -150,7 +150,7 @@ def train_head(
     head = build_head(run.config)
     head.load_state_dict(run.best)
     outcome = _finish(head.eval(), data, encoder, options, name, device, run.history)
-    save_head(folder, outcome.head, outcome.card)
+    save_head(folder, outcome.head, outcome.card, data.bank(options.seed))
     return outcome
 
 
@@ -392,7 +392,11 @@ def judge_val(
         matches.append(match)
     own = torch.from_numpy(np.searchsorted(data.val, data.owner[queries]))  # (Q,)
     relevant = top.indices == own.unsqueeze(1)  # (Q, N)
-    return Judged(top.values, torch.cat(ranks), torch.cat(matches), relevant, own.numpy())
+    scale = spread_scale(top.values)
+    popularity = data.bank(options.seed).popularity(gallery, scale)[top.indices]  # (Q, N)
+    return Judged(
+        scale, top.values, popularity, torch.cat(ranks), torch.cat(matches), relevant, own.numpy()
+    )
 
 
 def _finish(
@@ -407,14 +411,16 @@ def _finish(
     """Fit fusion and calibration on all val captions and write down what was measured."""
     judged = judge_val(head, data, options, device, None)
     fit = fit_fusion(judged)
-    fused = fit.scale * judged.coarse + fit.weight * judged.rank  # (Q, N)
+    fused = fit.fused(judged)  # (Q, N)
     calibration: Calibration = calibrate(judged, fused)
     figures = {"pictures": float(len(data.val)), "queries": float(len(judged.rank))}
     for column, k in enumerate((1, 5, 10)):
         figures[f"r{k}_coarse"] = round(100 * float(fit.coarse_hits[:, column].mean()), 2)
+        figures[f"r{k}_bank"] = round(100 * float(fit.bank_hits[:, column].mean()), 2)
         figures[f"r{k}"] = round(100 * float(fit.hits[:, column].mean()), 2)
     figures["p"] = paired_p(fit.hits[:, 0], fit.coarse_hits[:, 0], judged.picture, options.seed)
-    fusion = Fusion(fit.scale, fit.weight, float(judged.rank.mean()))
+    added = float((fused - judged.scale * judged.coarse).mean())
+    fusion = Fusion(judged.scale, fit.weight, fit.popularity_weight, added)
     card = HeadCard(name, encoder.weights_hash, encoder.patch_kind, fusion, calibration, figures)
     return Outcome(head.cpu(), card, history)
 

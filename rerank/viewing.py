@@ -64,5 +64,5 @@ class Viewer:
         words: TextFeatures = self.encoder.encode_texts(texts)
         coarse = words.pooled.cpu() @ image.pooled.cpu().T  # (texts, 1)
         rows = torch.zeros(len(texts), 1, dtype=torch.long)  # (texts, 1)
-        patches = PatchBatch(image.patches.cpu(), None, image.grid)
+        patches = PatchBatch(image.patches.cpu(), None, image.grid, pooled=image.pooled.cpu())
         return self.scorer.score(words, patches, rows, coarse).rank[:, 0].numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from mmsearch.core.types import Candidates, Grid, PatchBatch, TextFeatures
 from mmsearch.rerank import scorers
 from mmsearch.rerank.checkpoint import Calibration, Fusion, HeadCard, load_head, save_head
 from mmsearch.rerank.heads import HeadConfig, build_head
+from mmsearch.rerank.querybank import Querybank
 from mmsearch.rerank.rerank import rerank
 from mmsearch.rerank.scorers import (
     CoarseScorer,
@@ -79,7 +81,8 @@ def heads(tmp_path, monkeypatch):
 def test_a_head_survives_the_disk(tmp_path):
     head, card = make_head("co"), make_card("mine")
     save_head(tmp_path / "mine", head, card)
-    again, same = load_head(tmp_path / "mine")
+    again, same, bank = load_head(tmp_path / "mine")
+    assert bank is None
     assert same == card
     assert again.config == head.config
     args = torch.randn(2, 3, 12), torch.ones(2, 3, dtype=torch.bool), torch.randn(2, 6, 10)
@@ -164,9 +167,44 @@ def test_missing_patches_keep_their_coarse_score_on_the_same_scale():
     scorer = HeadScorer(make_head(), make_card(), torch.device("cpu"))
     coarse = torch.tensor([[0.5, 0.4]])
     scores = scorer.score(make_text(1), make_patches(), torch.tensor([[0, -1]]), coarse)
-    assert scores.rank[0, 1].item() == pytest.approx(10 * 0.4 + 0.5 * 0.25)
+    assert scores.rank[0, 1].item() == pytest.approx(10 * 0.4 + 0.25)
     assert scores.probability[0, 1].isnan()
     assert 0 <= scores.probability[0, 0] <= 1
+
+
+def test_popularity_is_the_log_of_a_mean_over_the_bank():
+    texts, pictures = torch.randn(7, 4), nn.functional.normalize(torch.randn(3, 4), dim=1)
+    unit = nn.functional.normalize(texts, dim=1)
+    expected = (20.0 * pictures @ unit.T).exp().mean(1).log() / 20.0
+    found = Querybank(texts).popularity(pictures, 20.0)
+    torch.testing.assert_close(found, expected, atol=0.01, rtol=0)  # int8 codes
+
+
+def test_a_popular_picture_is_held_back_whatever_stands_beside_it(tmp_path):
+    fusion = Fusion(10.0, 0.5, popularity_weight=0.75, offset=-1.0)
+    save_head(tmp_path, make_head(), make_card(fusion=fusion), Querybank(torch.randn(9, 4)))
+    head, card, bank = load_head(tmp_path)
+    assert bank is not None
+    pooled = nn.functional.normalize(torch.randn(4, 4), dim=1)
+    patches, coarse = replace(make_patches(), pooled=pooled), torch.rand(3, 4)
+    rows = torch.tensor([[0, 1, 2, 3], [3, 2, -1, 0], [1, 0, -1, 2]])
+    banked = HeadScorer(head, card, torch.device("cpu"), bank)
+    without = HeadScorer(head, make_card(), torch.device("cpu"))
+    ours = banked.score(make_text(), patches, rows, coarse).rank
+    plain = without.score(make_text(), patches, rows, coarse).rank
+    held_back = 7.5 * bank.popularity(pooled, 10.0)[rows.clamp_min(0)]
+    there = rows >= 0
+    torch.testing.assert_close((plain - ours)[there], held_back[there], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours[~there], 10.0 * coarse[~there] - 1.0)
+
+
+def test_a_bank_that_is_gone_is_an_error_with_a_way_out(tmp_path):
+    card = make_card(fusion=Fusion(10.0, 0.5, popularity_weight=0.5))
+    save_head(tmp_path, make_head(), card, Querybank(torch.randn(9, 4)))
+    (tmp_path / "querybank.safetensors").unlink()
+    with pytest.raises(ModelError) as caught:
+        load_head(tmp_path)
+    assert caught.value.hint
 
 
 def test_many_candidates_are_judged_in_pieces(monkeypatch):

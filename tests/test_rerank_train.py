@@ -48,7 +48,8 @@ def judged(strength, queries=400, n=10, seed=0):
     relevant[torch.arange(queries), torch.randint(n, (queries,), generator=generator)] = True
     coarse = 0.1 * (torch.randn(queries, n, generator=generator) + relevant)
     rank = torch.randn(queries, n, generator=generator) + strength * relevant
-    return Judged(coarse, rank, 2 * rank - 3, relevant, np.arange(queries) // 2)
+    nobody = torch.zeros_like(coarse)
+    return Judged(10.0, coarse, nobody, rank, 2 * rank - 3, relevant, np.arange(queries) // 2)
 
 
 def test_a_useful_term_gets_weight_and_a_useless_one_little():
@@ -59,6 +60,17 @@ def test_a_useful_term_gets_weight_and_a_useless_one_little():
     picture = judged(2.0).picture
     assert paired_p(useful.hits[:, 0], useful.coarse_hits[:, 0], picture, 0) < 0.001
     assert paired_p(useful.hits[:, 0], useful.hits[:, 0], picture, 0) == 1.0
+
+
+def test_popularity_gets_weight_where_hubs_mislead():
+    plain = judged(0.0)
+    generator = torch.Generator().manual_seed(1)
+    popularity = 0.4 * torch.rand(plain.coarse.shape, generator=generator)
+    misled = plain._replace(coarse=plain.coarse + popularity, popularity=popularity)
+    fit = fit_fusion(misled)
+    assert fit.popularity_weight >= 0.75
+    assert fit.bank_hits[:, 0].mean() > fit.coarse_hits[:, 0].mean() + 0.03
+    assert fit_fusion(plain).popularity_weight == 0.0
 
 
 def test_calibrated_probabilities_mean_what_they_say():
@@ -195,7 +207,7 @@ def test_a_head_learns_what_the_pooled_vector_does_not_know(tmp_path, kind):
     steps = [event for event in events if isinstance(event, StepDone)]
     assert steps[-1].loss < steps[15].loss
     assert any(isinstance(event, EpochDone) and event.best for event in events)
-    head, card = load_head(tmp_path / kind)
+    head, card, _ = load_head(tmp_path / kind)
     assert card == outcome.card
     assert head.config.kind == kind
     lines = (tmp_path / kind / "metrics.jsonl").read_text().splitlines()

@@ -1,83 +1,98 @@
-"""Fit how much the cosine counts beside the head, calibrate the probability, write the head.
+"""Fit how the head joins the cosine, calibrate the probability, write head and caption bank.
 
-    MMSEARCH_FLICKR8K=... python training/fit_head.py WORK/head/head.pt indexing/bundled/heads/cross
+    MMSEARCH_FLICKR8K=... python training/fit_head.py WORK/head/head.pt WORK/clipart.csv \
+        indexing/bundled/heads/cross
 
-Two numbers come from val: the head's weight beside the cosine, and Platt's slope and bias. So
-that the reported figures are honest, each half of the val pictures is scored with the weight
-fitted on the other half; the shipped weight is fitted on both. A head that does not beat the
-coarse order is not written.
+Four numbers come from val: the weights of popularity and rank term, and Platt's slope and bias.
+So that the reported figures are honest, each half of the val pictures is scored with the weights
+fitted on the other half; the shipped weights are fitted on both. The bank holds training captions
+and titles of training drawings. A head that does not beat the coarse order is not written.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
+import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from evaluate import candidates, encode_val, paired_p, places, recalls
+from mmsearch.indexing.encoder import load_text_encoder
 from mmsearch.rerank.checkpoint import Fusion, HeadCard, save_head
-from mmsearch.rerank.fitting import Judged, calibrate
+from mmsearch.rerank.fitting import Fit, Judged, calibrate, fit_fusion, paired_p, spread_scale
 from mmsearch.rerank.heads import HeadConfig, build_head
+from mmsearch.rerank.querybank import Querybank
 from mmsearch.rerank.scorers import HeadScorer
+from texts import read_clipart
+from val import candidates, encode_val
 
-SCALE = 24.0  # the encoder's own temperature, about
-WEIGHTS = tuple(0.0 + 0.05 * i for i in range(61))
+CAPTIONS, TITLES = 4000, 1000
 
 
-def best_weight(cosine, rank, rows, truth) -> float:
-    """The weight with the best mean reciprocal rank; the middle of the near-best ones."""
-    mrr = []
-    for w in WEIGHTS:
-        place = places(SCALE * cosine + w * rank, rows, truth).float()
-        mrr.append((1 / (place + 1)).mean().item())
-    good = [w for w, m in zip(WEIGHTS, mrr, strict=True) if m >= max(mrr) - 5e-4]
-    return sum(good) / len(good)
+def bank_texts(captions: Path, drawings: Path, seed: int) -> list[str]:
+    """Draw the bank's texts from what the encoder was trained on."""
+    rng = random.Random(seed)
+    with captions.open(newline="", encoding="utf-8") as file:
+        said = [row["caption"] for row in csv.DictReader(file) if row["split"] == "train"]
+    clipart = read_clipart(drawings)
+    titles = sorted({clipart.texts[i][0] for i in clipart.where("train")})
+    return rng.sample(said, CAPTIONS) + rng.sample(titles, TITLES)
+
+
+def figures_of(fit: Fit, alone: Fit, judged: Judged) -> dict[str, float]:
+    """Recall in percent of every order, each half ranked with the other half's weights."""
+    orders = {"coarse": fit.coarse_hits, "bank": fit.bank_hits, "head": alone.hits, "": fit.hits}
+    out: dict[str, float] = {}
+    for column, k in enumerate((1, 5, 10)):
+        for name, hits in orders.items():
+            out[f"r{k}_{name}".rstrip("_")] = round(100 * float(hits[:, column].mean()), 2)
+        p = paired_p(fit.hits[:, column], fit.coarse_hits[:, column], judged.picture, 0)
+        out[f"p_r{k}"] = round(p, 5)
+    return out | {"p": out["p_r1"], "candidates": float(judged.coarse.shape[1])}
 
 
 def main() -> None:
     """Command line."""
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     ap.add_argument("checkpoint", type=Path)
+    ap.add_argument("drawings", type=Path)
     ap.add_argument("out", type=Path)
+    ap.add_argument("--seed", type=int, default=1)
     args = ap.parse_args()
+    root = Path(os.environ["MMSEARCH_FLICKR8K"])
     saved = torch.load(args.checkpoint, weights_only=True)
     head = build_head(replace(HeadConfig.from_dict(saved["config"]), dropout=0.0))
     head.load_state_dict({k: v.half().float() for k, v in saved["head"].items()})
-    val = encode_val(Path(os.environ["MMSEARCH_FLICKR8K"]))
+    val = encode_val(root)
+    texts = bank_texts(root / "captions.csv", args.drawings, args.seed)
+    bank = Querybank(load_text_encoder(val.spec).encode_texts(texts).pooled)
     rows, cosine = candidates(val)
-    card = HeadCard("cross", val.spec.weights_hash, val.spec.patch_kind, Fusion(SCALE))
+    card = HeadCard("cross", val.spec.weights_hash, val.spec.patch_kind, Fusion(0.0))
     rank, match = HeadScorer(head.eval(), card, torch.device("cpu")).judge(
         val.text, val.codes, rows
     )
-    first = places(cosine, rows, val.truth)
-    honest = torch.empty_like(first)
-    half = torch.randperm(int(val.truth.max()) + 1, generator=torch.Generator().manual_seed(0)) % 2
-    for fold in (0, 1):
-        on, off = half[val.truth] == fold, half[val.truth] != fold
-        w = best_weight(cosine[off], rank[off], rows[off], val.truth[off])
-        honest[on] = places(SCALE * cosine[on] + w * rank[on], rows[on], val.truth[on])
-        print(f"fold {fold}: weight {w:.3f}")
-    weight = best_weight(cosine, rank, rows, val.truth)
-    coarse, fused = recalls(first), recalls(honest)
-    shipped = recalls(places(SCALE * cosine + weight * rank, rows, val.truth))
-    alone = recalls(places(rank, rows, val.truth))
-    figures = {f"{k}_coarse": v for k, v in coarse.items()}
-    figures |= {f"{k}_reranked": v for k, v in fused.items()}
-    figures |= {f"{k}_head_alone": v for k, v in alone.items()}
-    for k in (1, 5, 10):
-        figures[f"p_r{k}"] = round(paired_p(first < k, honest < k, val.truth), 5)
-    figures["candidates"] = float(rows.shape[1])
-    print(json.dumps({"weight": weight, "both halves": shipped, **figures}, indent=2))
-    if fused["r1"] <= coarse["r1"]:
+    scale = spread_scale(cosine)
+    popularity = bank.popularity(val.pooled, scale)[rows]  # (Q, N)
+    relevant = rows == val.truth[:, None]  # (Q, N)
+    judged = Judged(scale, cosine, popularity, rank, match, relevant, val.truth.numpy())
+    fit = fit_fusion(judged)
+    without_bank = fit_fusion(judged._replace(popularity=torch.zeros_like(popularity)))
+    figures = figures_of(fit, without_bank, judged)
+    print(json.dumps(figures, indent=2))
+    if figures["r1"] <= figures["r1_coarse"]:
         raise SystemExit("the head does not beat the coarse order; nothing written")
-    judged = Judged(cosine, rank, match, rows == val.truth[:, None], val.truth.numpy())
-    calibration = calibrate(judged, SCALE * cosine + weight * rank)
-    fusion = Fusion(SCALE, weight, (rank.mean()).item())
-    card = replace(card, fusion=fusion, calibration=calibration, figures=figures)
-    save_head(args.out, head.half(), card)
+    fused = fit.fused(judged)  # (Q, N)
+    offset = float((fused - scale * cosine).mean())
+    fusion = Fusion(scale, fit.weight, fit.popularity_weight, offset)
+    shipped = (fused >= fused.masked_fill(~relevant, -np.inf).amax(1, keepdim=True)) & ~relevant
+    first = (shipped.sum(1) == 0) & relevant.any(1)  # (Q,)
+    print(f"recall at 1 with the weights as shipped: {100 * first.float().mean():.2f}")
+    card = replace(card, fusion=fusion, calibration=calibrate(judged, fused), figures=figures)
+    save_head(args.out, head.half(), card, bank)
     print(card)
 
 

@@ -4,7 +4,7 @@ Each step takes groups of look-alike pictures; within a group every caption meet
 and the head must find the right one in both directions (listwise), as well as say match or not
 (ALBEF's ITC/ITM pair of objectives, arXiv 2107.07651). The coarse score takes no part in the
 loss: on pictures the encoder has learned by heart it is far better than on new ones, and a head
-trained beside it learns nothing. How much it counts is fitted on val afterwards (evaluate.py).
+trained beside it learns nothing. How much it counts is fitted on val afterwards (fit_head.py).
 
 The head starts aligned: queries, keys and values all begin as the encoder's own projections, so
 that its first rank term is already a token-to-patch similarity.
