@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..core.errors import InputError, UsageError
+from ..core.errors import InputError, StorageError, UsageError
 from .hits import Format, default_format, read_queries, write_hits
 from .opening import open_index
 from .options import DeviceOption, IndexOption, MilvusOption, QuietOption, WaitOption
@@ -25,6 +26,10 @@ Examples:
     mmsearch query "red car"
 
     mmsearch query "children playing in the snow" -k 3 --explain
+
+    mmsearch query "red car" -k 3 --explain-dir why   # why/001-beach.png: where each word looks
+
+    mmsearch query "red car" --where "width >= 2000 and taken >= '2023-01-01'"
 
     mmsearch query "beach at sunset" --in ~/Pictures/2024 --min-score 0.5
 
@@ -89,9 +94,26 @@ def query(
     folder: Annotated[
         Path | None, typer.Option("--in", metavar="FOLDER", help="Only pictures below FOLDER.")
     ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(
+            "--where",
+            metavar="EXPR",
+            help="Only pictures with these facts: path, extension, camera, width, height, size, "
+            "taken, modified, latitude, longitude; = != < <= > >= like in, and, or, not.",
+        ),
+    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show coarse score, rerank score and how hits moved.")
     ] = False,
+    explain_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--explain-dir",
+            metavar="OUT",
+            help="Write a PNG a hit into OUT: where each word of TEXT looks, and what it is worth.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
     as_jsonl: Annotated[bool, typer.Option("--jsonl", help="One JSON object a hit.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV with a header.")] = False,
@@ -118,10 +140,16 @@ def query(
     if no_rerank and scorer not in (None, "coarse"):
         raise UsageError("--no-rerank and --scorer contradict each other", "Give one of them.")
     texts = _texts(text, file, interactive, image)
+    if explain_dir and not (text and text.strip()):
+        raise UsageError("--explain-dir explains one TEXT", "Give TEXT; not --file, --interactive.")
+    from ..indexing.filters import Filters
     from ..indexing.remote_image import picture_source
     from ..rerank.searcher import Query, Searcher
 
     pictures = tuple(picture_source(name) for name in image or [])
+
+    below, filters = _known_folder(folder), Filters(where=where)
+    filters.condition()  # a mistake in it is told now, not after the model has loaded
 
     def as_query(words: str) -> Query:
         return Query(words, pictures, tuple(minus or []), image_weight)
@@ -129,14 +157,17 @@ def query(
     with open_index(index, milvus, wait) as opened:
         chosen = "coarse" if no_rerank else scorer
         searcher = Searcher(opened, chosen, device, on_notice=warn)
-        where = _known_folder(folder)
+        if explain_dir:
+            searcher.require_attention()
+            _make(explain_dir)
 
         def answer(batch: list[str]) -> list[tuple[str, list[Hit]]]:
             found = searcher.search(
                 [as_query(words) for words in batch],
                 k,
                 candidates,
-                folder=where,
+                folder=below,
+                filters=filters,
                 min_score=min_score,
             )
             names = [words or ", ".join(image or []) for words in batch]
@@ -146,7 +177,9 @@ def query(
             _converse(searcher, answer, form, explain)
             return
         results = answer(texts)
-    write_hits(results, form, explain=explain)
+        write_hits(results, form, explain=explain)
+        if explain_dir:
+            _write_sheets(explain_dir, searcher, texts[0], results[0][1], quiet)
     if not any(hits for _, hits in results):
         say("nothing found", quiet=quiet)
         raise typer.Exit(1)
@@ -193,6 +226,45 @@ def _known_folder(folder: Path | None) -> Path | None:
     if not resolved.exists():
         raise InputError(f"no such folder: {folder}", "--in takes a folder that was indexed.")
     return resolved
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make {folder}: {error.strerror}") from error
+
+
+def _write_sheets(
+    folder: Path, searcher: Searcher, text: str, hits: Sequence[Hit], quiet: bool
+) -> None:
+    """Write a contact sheet for each hit; one scale for all, so that they can be compared.
+
+    Raises:
+        StorageError: a sheet cannot be written.
+    """
+    from ..rerank.sheets import scales, write_sheet
+
+    shown = {}
+    for hit in hits:
+        each = searcher.show(hit.record, text)
+        if each is None:
+            say(f"no sheet for {hit.record.path}: it is gone, unreadable or changed", quiet=quiet)
+        else:
+            shown[folder / sheet_name(hit)] = each
+    scale = scales(list(shown.values())) if shown else None
+    for path, each in shown.items():
+        try:
+            write_sheet(path, [each], text, scale)
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    say(f"contact sheets written into {folder}: {len(shown)}", quiet=quiet)
+
+
+def sheet_name(hit: Hit) -> str:
+    """Name a hit's sheet by rank and picture: "001-beach.png", safe on any file system."""
+    stem = re.sub(r"[^\w.-]+", "_", Path(hit.record.path).stem)[:50]
+    return f"{hit.rank:03d}-{stem}.png"
 
 
 def _converse(searcher: Searcher, answer, form: Format, explain: bool) -> None:

@@ -63,11 +63,22 @@ def explain(scorer: Scorer, text: TextFeatures, image: ImageFeatures) -> Explana
     """
     if isinstance(scorer, HeadScorer):
         return _explain_head(scorer, text, image)
-    if isinstance(scorer, LateScorer):
-        return _explain_late(scorer, text, image)
-    raise UsageError(
-        f"scorer {scorer.name!r} has no attention to show", "Use a trained head, or --scorer late."
-    )
+    require_attention(scorer)
+    assert isinstance(scorer, LateScorer)
+    return _explain_late(scorer, text, image)
+
+
+def require_attention(scorer: Scorer) -> None:
+    """Refuse a scorer that ``explain`` cannot look into.
+
+    Raises:
+        UsageError: the scorer has no attention to show.
+    """
+    if not isinstance(scorer, (HeadScorer, LateScorer)):
+        raise UsageError(
+            f"scorer {scorer.name!r} has no attention to show",
+            "Use a trained head, or --scorer late.",
+        )
 
 
 def looks(head: Head, tokens: Tensor, mask: Tensor, patches: Tensor) -> Tensor:

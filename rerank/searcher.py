@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..indexing.filters import Filters
     from ..indexing.index import ImageIndex
     from .scorers import Scorer
+    from .sheets import Shown
 
 
 _ENCODE_AT_ONCE = 32  # pictures whose missing patches are computed together
@@ -164,6 +165,32 @@ class Searcher:
                 "Use a trained scorer (see `mmsearch models --scorers`).",
             )
         return [self._hits(ranked, row, k, min_score) for row in range(len(queries))]
+
+    def require_attention(self) -> None:
+        """Refuse, before any search, a scorer whose hits ``show`` cannot explain.
+
+        Raises:
+            UsageError: the scorer has no attention to show.
+        """
+        from .explain import require_attention
+
+        require_attention(self.scorer)
+
+    def show(self, record: ImageRecord, text: str) -> Shown | None:
+        """Explain the score of a text for an indexed picture, from the picture itself.
+
+        Returns:
+            None if its file is gone, cannot be read or is not the one that was indexed.
+
+        Raises:
+            UsageError: the scorer has no attention to show.
+        """
+        from .viewing import show
+
+        pixels = self._pixels_of(record)
+        if pixels is None:
+            return None
+        return show(self.image_encoder, self.scorer, Path(record.path).name, pixels, text)
 
     def _patches(self, ids: Sequence[int]) -> PatchBatch:
         """Read patches; those that the shards lack are computed from the picture if it is there."""

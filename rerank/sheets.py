@@ -41,9 +41,14 @@ def scales(shown: Sequence[Shown]) -> tuple[float, float]:
     return max(attention, LEAST_SCALE), max(worth, 1e-6)
 
 
-def contact_sheet(shown: Sequence[Shown], text: str) -> Image.Image:
-    """Draw a row of tiles for each picture: itself, the whole query, worth, then each word."""
-    attention, worth = scales(shown)
+def contact_sheet(
+    shown: Sequence[Shown], text: str, scale: tuple[float, float] | None = None
+) -> Image.Image:
+    """Draw a row of tiles for each picture: itself, the whole query, worth, then each word.
+
+    ``scale`` is that of ``scales``; give one to sheets that are to be compared.
+    """
+    attention, worth = scale or scales(shown)
     columns = max(3 + len(each.explanation.words) for each in shown)
     columns = min(columns, 8)
     rows = [_tiles(each, attention, worth) for each in shown]
@@ -128,9 +133,11 @@ def html_page(shown: Sequence[Shown], text: str) -> str:
     return template.render(text=text, pictures=pictures, attention=attention, worth=worth)
 
 
-def write_sheet(path: Path, shown: Sequence[Shown], text: str) -> None:
-    """Save a contact sheet as PNG."""
-    contact_sheet(shown, text).save(path, format="PNG")
+def write_sheet(
+    path: Path, shown: Sequence[Shown], text: str, scale: tuple[float, float] | None = None
+) -> None:
+    """Save a contact sheet as PNG; ``scale`` as in ``contact_sheet``."""
+    contact_sheet(shown, text, scale).save(path, format="PNG")
 
 
 def _tiles(shown: Shown, attention: float, worth: float) -> list[tuple[str, Image.Image]]:

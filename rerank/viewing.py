@@ -16,6 +16,18 @@ from .sheets import Shown
 if TYPE_CHECKING:
     from ..core.types import TextFeatures
     from ..indexing.encoder import Encoder
+    from .scorers import Scorer
+
+
+def show(encoder: Encoder, scorer: Scorer, name: str, pixels: np.ndarray, text: str) -> Shown:
+    """Explain the score of a text for a picture (H, W, 3) uint8, as the encoder takes it.
+
+    Raises:
+        UsageError: the scorer has no attention to show.
+    """
+    image = encoder.encode_images(np.stack([pixels]))
+    words = encoder.encode_texts([text])
+    return Shown(name, pixels, explain(scorer, words, image))
 
 
 class Viewer:
@@ -50,9 +62,7 @@ class Viewer:
         from ..indexing.images import decode
 
         pixels = decode(path, self.encoder.spec.input_spec).pixels  # (H, W, 3)
-        image = self.encoder.encode_images(np.stack([pixels]))
-        words = self.encoder.encode_texts([text])
-        return Shown(path.name, pixels, explain(self.scorer, words, image))
+        return show(self.encoder, self.scorer, path.name, pixels, text)
 
     def score(self, path: Path, texts: Sequence[str]) -> np.ndarray:
         """Return the scores of several texts for one picture, (texts,)."""

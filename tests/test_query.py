@@ -7,11 +7,13 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from .photos import PHOTOGRAPHS, copy_photographs
 
@@ -125,6 +127,46 @@ def test_in_restricts_to_a_folder(index, photos, tmp_path):
     assert "nothing found" in outside.stderr
 
 
+def test_where_restricts_by_facts(index):
+    asked = ["query", "a cat", "--json", "-k", "22", "--where"]
+    (result,) = json.loads(run(*asked, "width < 500 and extension = 'png'", index=index).stdout)
+    assert "cat.png" in {Path(hit["path"]).name for hit in result["hits"]}
+    assert all(hit["width"] < 500 and hit["path"].endswith(".png") for hit in result["hits"])
+    assert "--where" in run("query", "--help", index=index).stdout
+
+
+@pytest.fixture
+def changing(tmp_path, photos) -> tuple[Path, Path]:
+    """An index of three pictures of its own, one of them with a name made to mislead."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, copy in (
+        ("cat.png", "a cat; rm -rf $HOME 'é\n.png"),
+        ("coffee.png", "cup.png"),
+        ("rocket.jpg", "gone.jpg"),
+    ):
+        shutil.copy(photos / name, folder / copy)
+    done = run("index", str(folder), "--model", "bundled", index=tmp_path / "index")
+    assert done.returncode == 0, done.stderr
+    return folder, tmp_path / "index"
+
+
+def test_explain_dir_writes_a_sheet_a_hit(changing, tmp_path):
+    folder, index = changing
+    plain = run("query", "a cat", "--paths", index=index)
+    (folder / "gone.jpg").unlink()
+    (folder / "cup.png").write_bytes((folder / "cup.png").read_bytes() + b"\0")  # another file
+    out = tmp_path / "a" / "why"
+    done = run("query", "a cat", "--paths", "--explain-dir", str(out), index=index)
+    assert done.stdout == plain.stdout
+    assert f"contact sheets written into {out}: 1" in done.stderr
+    assert "gone.jpg: it is gone" in done.stderr and "cup.png: it is gone" in done.stderr
+    (sheet,) = out.iterdir()
+    assert sheet.name == "001-a_cat_rm_-rf_HOME_é_.png"
+    with Image.open(sheet) as image:
+        assert image.size[0] > 500
+
+
 def test_no_rerank_is_the_coarse_order(index):
     (result,) = json.loads(run("query", "a cat", "--no-rerank", "--json", index=index).stdout)
     scores = [hit["coarse_score"] for hit in result["hits"]]
@@ -156,6 +198,9 @@ def test_interactive_answers_line_by_line_and_survives_a_bad_line(index):
         (["a cat", "--scorer", "nonsense"], 2, "unknown scorer 'nonsense'"),
         (["a cat", "--device", "warp"], 2, "unknown device 'warp'"),
         (["--image", "/no/such.jpg"], 4, "no such picture: /no/such.jpg"),
+        (["a cat", "--where", "widht > 3"], 2, "did you mean width?"),
+        (["a cat", "--explain-dir", "o", "--no-rerank"], 2, "'coarse' has no attention to show"),
+        (["-i", "--explain-dir", "o"], 2, "--explain-dir explains one TEXT"),
         (["a cat", "--in", "/no/such/folder"], 4, "no such folder: /no/such/folder"),
         (["--file", "/no/queries.txt"], 4, "cannot read /no/queries.txt"),
     ],
