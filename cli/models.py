@@ -96,6 +96,7 @@ def _list_everything(as_json: bool) -> None:
 
 def _list_scorers(index, as_json: bool) -> None:
     from ..rerank.scorers import list_scorers
+    from ..rerank.sparse import SELECTIONS
     from .opening import index_dir
 
     heads = index_dir(index) / "heads"
@@ -111,3 +112,5 @@ def _list_scorers(index, as_json: bool) -> None:
         figures = ", ".join(f"{name} {value:.1f}" for name, value in row["figures"].items())
         table.add_row(row["name"], row["needs"], figures)
     stdout.print(table)
+    ways = " or ".join(f"NAME:{each}" for each in SELECTIONS)
+    say(f"A cross head reads a part of the patches as {ways}, which pays where they are hundreds.")

@@ -115,7 +115,7 @@ def train(
     if width % heads:
         raise UsageError(f"--width {width} is not a multiple of --heads {heads}")
     called = name or scorer
-    if Path(called).name != called or called in ("coarse", "late", "itm"):
+    if Path(called).name != called or called in ("coarse", "late", "itm") or ":" in called:
         raise UsageError(f"{called!r} cannot be the name of a trained scorer")
     from ..core.device import choose_device
     from ..evaluation.datasets import read_captions

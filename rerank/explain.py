@@ -61,9 +61,9 @@ def explain(scorer: Scorer, text: TextFeatures, image: ImageFeatures) -> Explana
     Raises:
         UsageError: the scorer has no attention to show.
     """
+    require_attention(scorer)
     if isinstance(scorer, HeadScorer):
         return _explain_head(scorer, text, image)
-    require_attention(scorer)
     assert isinstance(scorer, LateScorer)
     return _explain_late(scorer, text, image)
 
@@ -78,6 +78,11 @@ def require_attention(scorer: Scorer) -> None:
         raise UsageError(
             f"scorer {scorer.name!r} has no attention to show",
             "Use a trained head, or --scorer late.",
+        )
+    if isinstance(scorer, HeadScorer) and getattr(scorer.head, "selection", None) is not None:
+        name = scorer.name.rpartition(":")[0]
+        raise UsageError(
+            f"scorer {scorer.name!r} reads a part of the patches only", f"Explain with {name}."
         )
 
 

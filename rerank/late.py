@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.errors import ModelError
 from .attention import normalising_gain
 from .phrases import split_phrases
-from .scorers import Place, Scorer, Scores, register
+from .scorers import Place, Scorer, Scores, refuse_argument, register
 
 if TYPE_CHECKING:
     from ..core.types import PatchBatch, TextFeatures
@@ -106,6 +106,7 @@ def looked_for(text: str) -> list[str]:
 
 @register("late")
 def _late(argument: str, place: Place) -> Scorer:
+    refuse_argument("late", argument)
     encoder = place.encoder
     if encoder.patch_kind != "aligned" or encoder.patch_dim != encoder.embed_dim:
         raise ModelError(

@@ -1,7 +1,8 @@
 """Scorers behind one protocol: what decides the final order of the coarse stage's candidates.
 
     coarse   the cosine similarity of the pooled vectors: the order as it came
-    cross    a trained head; ``co``, ``shared`` and any name given to ``mmsearch train`` likewise
+    cross    a trained head; ``co``, ``shared`` and any name given to ``mmsearch train`` likewise;
+             ``cross:local`` and ``cross:hierarchical`` read a part of the patches (``sparse``)
     late     training-free: phrases of the query against text-aligned patches
     itm      ``itm:MODEL``, a Hugging Face cross-encoder over the candidates' pixels
 
@@ -12,7 +13,7 @@ or found at the same time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -185,8 +186,19 @@ def _batches(mask: Tensor, candidates: int, room: int) -> Iterator[tuple[Tensor,
                 yield some, length, slice(start, start + step)
 
 
+def refuse_argument(name: str, argument: str) -> None:
+    """Refuse what stands behind "name:" where nothing may.
+
+    Raises:
+        UsageError: something does.
+    """
+    if argument:
+        raise UsageError(f"scorer {name!r} takes no {argument!r}", f"Say --scorer {name}.")
+
+
 @register("coarse")
 def _coarse(argument: str, place: Place) -> Scorer:
+    refuse_argument("coarse", argument)
     return CoarseScorer()
 
 
@@ -201,13 +213,15 @@ def load_scorer(
 
     Args:
         name: a registered name (``coarse``, ``late``, ``itm:MODEL``), the name of a head that
-            ships with mmsearch or lies in ``folder``, or the path of a head's folder.
+            ships with mmsearch or lies in ``folder``, or the path of a head's folder; a cross
+            head's may be followed by ``:local`` or ``:hierarchical``.
         encoder: the index's encoder.
         device: None takes the best there is.
         folder: where the index keeps its heads, ``<index>/heads``; looked into first.
 
     Raises:
-        ModelError: no head of that name, or it was trained on another encoder.
+        ModelError: the head was trained on another encoder.
+        UsageError: no scorer of that name, or none that reads patches in the way named.
     """
     from . import itm, late  # noqa: F401  both register themselves
 
@@ -215,9 +229,40 @@ def load_scorer(
     kind, _, argument = name.partition(":")
     if kind in REGISTRY and not Path(name).is_dir():
         return REGISTRY[kind](argument, place)
+    name, rule = _split_rule(name)
     path = _find_head(name, place)
     head, card, bank = load_head(path)
+    if rule:
+        card = replace(card, name=f"{card.name}:{rule}")
+        _read_part(head, rule, name)
     return HeadScorer(head, card, place.device, bank)
+
+
+def _split_rule(name: str) -> tuple[str, str]:
+    """Split "cross:local" into the head's name and how it is to read patches, "" for all."""
+    head, colon, rule = name.rpartition(":")
+    whole = not colon or (Path(name) / CONFIG).is_file()  # a folder's own name may hold a colon
+    return (name, "") if whole else (head, rule)
+
+
+def _read_part(head: Head, rule: str, name: str) -> None:
+    """Let a head read a part of the patches, by the rule named.
+
+    Raises:
+        UsageError: there is no such rule, or it is not for this kind of head.
+    """
+    from .heads import CrossHead
+    from .sparse import SELECTIONS
+
+    if not isinstance(head, CrossHead):
+        raise UsageError(
+            f"scorer {name!r} is a {head.config.kind} head, and those read all patches",
+            f"Say --scorer {name}; only cross heads know {', '.join(SELECTIONS)}.",
+        )
+    if rule not in SELECTIONS:
+        known = ", ".join(f"{name}:{each}" for each in SELECTIONS)
+        raise UsageError(f"scorer {name!r} knows no way {rule!r} to read patches", f"Say {known}.")
+    head.selection = SELECTIONS[rule]()
 
 
 def default_scorer_name(encoder: EncoderSpec, folder: Path | None = None) -> str:

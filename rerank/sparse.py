@@ -108,6 +108,9 @@ class Local(Selection):
         return _present(cells.masked_fill(repeated, -1), codes, coarse)
 
 
+SELECTIONS: dict[str, type[Selection]] = {"local": Local, "hierarchical": Hierarchical}
+
+
 @dataclass(frozen=True)
 class _Layout:
     looked: Tensor  # (R,) the patch looked at in each coarse cell

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from mmsearch.core.errors import UsageError
 from mmsearch.core.types import Grid
-from mmsearch.rerank.heads import CrossHead, HeadConfig
+from mmsearch.rerank.checkpoint import Fusion, HeadCard, save_head
+from mmsearch.rerank.explain import require_attention
+from mmsearch.rerank.heads import CrossHead, HeadConfig, build_head
+from mmsearch.rerank.scorers import load_scorer
 from mmsearch.rerank.sparse import Hierarchical, Local, _layout, _windows
 from torch import nn
 
@@ -76,3 +82,43 @@ def test_fewer_patches_are_read():
     head, (tokens, mask, codes) = make_head(grid), batch(grid)
     head.selection = Hierarchical(stride=3, cells=8)
     assert head.context(tokens, mask, codes).codes.shape[2] == 64 + 8 * 9
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Load a scorer by name, from the heads ``cross`` and ``co``."""
+    grid = Grid(6, 6)
+    for kind in ("cross", "co"):
+        head = build_head(HeadConfig(kind, 12, 10, grid, width=16))
+        save_head(tmp_path / kind, head, HeadCard(kind, "", "aligned", Fusion(1.0)))
+    encoder = SimpleNamespace(weights_hash="", patch_kind="aligned", model="tiny", grid=grid)
+    return lambda name: load_scorer(name, encoder, device="cpu", folder=tmp_path)
+
+
+def test_a_selection_is_chosen_by_name(load, tmp_path):
+    assert load("cross").head.selection is None
+    for rule, selection in (("local", Local()), ("hierarchical", Hierarchical())):
+        for name in ("cross", tmp_path / "cross"):
+            scorer = load(f"{name}:{rule}")
+            assert (scorer.name, scorer.head.selection) == (f"cross:{rule}", selection)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("cross:nearby", "Say cross:local, cross:hierarchical."),
+        ("co:local", "only cross heads know local, hierarchical"),
+        ("coarse:local", "Say --scorer coarse."),
+        ("late:local", "Say --scorer late."),
+    ],
+)
+def test_other_ways_and_other_heads_are_refused(load, name, said):
+    with pytest.raises(UsageError) as error:
+        load(name)
+    assert said in error.value.hint
+
+
+def test_a_part_is_not_explained(load):
+    require_attention(load("cross"))
+    with pytest.raises(UsageError, match="a part of the patches"):
+        require_attention(load("cross:local"))
