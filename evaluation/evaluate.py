@@ -205,7 +205,7 @@ def _run(
     for scorer in scorers if n else ():
         started = time.perf_counter()
         scores = setting.score(
-            scorer, texts, setting.rows, coarse, n, gallery.fetch, advance(scorer.name)
+            scorer, texts, setting.rows, coarse, n, gallery, advance(scorer.name)
         )  # (Q, n)
         rankings.append((scorer.name, rescored(coarse, scores), time.perf_counter() - started))
     clusters = Clusters(setting.clusters, plan.seed)

@@ -13,6 +13,7 @@ import numpy as np
 from ..core.errors import InputError
 from ..core.settings import cache_dir
 from ..core.types import PatchBatch
+from ..rerank.rerank import read_picture
 from .datasets import CaptionSet
 from .formats import Problem
 
@@ -29,6 +30,23 @@ class Gallery:
     ids: np.ndarray  # (M,) int64, in the index
     vectors: np.ndarray  # (M, D) float32, L2-normalised
     fetch: Callable[[np.ndarray], PatchBatch]  # rows of the gallery -> their patches
+
+    def pictures(self, rows: Sequence[int]) -> list[np.ndarray | None]:
+        """Read images for a reranker that looks at them, (H, W, 3) uint8 each.
+
+        Raises:
+            InputError: one cannot be read: figures would count that against the reranker.
+        """
+        return [self._picture(self.paths[row]) for row in rows]
+
+    def _picture(self, path: Path) -> np.ndarray:
+        try:
+            return read_picture(path)
+        except (InputError, OSError) as error:
+            raise InputError(
+                f"cannot read {path}, which the reranker must look at: {error}",
+                "Put it back, or leave its captions out.",
+            ) from error
 
 
 def cache_index_dir(

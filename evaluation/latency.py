@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..rerank.rerank import rerank
+from ..rerank.rerank import read_pictures, rerank
 
 if TYPE_CHECKING:
     from ..indexing.encoder import TextEncoder
@@ -39,7 +40,7 @@ def measure_latency(
         found = index.search(encoded.pooled.cpu().numpy(), max(candidates, 1))
         marks.append(time.perf_counter())
         for scorer in scorers:
-            rerank(scorer, encoded, found, index.patches)
+            rerank(scorer, encoded, found, index.patches, partial(read_pictures, index))
             marks.append(time.perf_counter())
         taken.append(1000 * np.diff(marks))
     low, high = np.quantile(taken[-len(texts) :], (0.5, 0.95), axis=0)

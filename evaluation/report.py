@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tarfile
 from base64 import b64encode
 from dataclasses import dataclass
 from io import BytesIO
@@ -13,7 +12,7 @@ import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
 
-from ..indexing.images import UndecodableImage, open_thumbnail
+from ..indexing.images import UndecodableImage, open_thumbnail, source_of
 from .datasets import CaptionSet
 from .evaluate import Direction
 from .figures import rank_changes, recall_curves
@@ -125,23 +124,13 @@ class _Thumbnails:
     def __getitem__(self, row: int) -> str:
         if row not in self._made:
             try:
-                image = open_thumbnail(_content(self._paths[row]), THUMBNAIL)
+                image = open_thumbnail(source_of(self._paths[row]), THUMBNAIL)
             except (UndecodableImage, OSError):
                 return ""  # gone since it was embedded: the page shows its name alone
             file = BytesIO()
             image.save(file, "JPEG", quality=82)
             self._made[row] = "data:image/jpeg;base64," + b64encode(file.getvalue()).decode()
         return self._made[row]
-
-
-def _content(path: Path) -> Path | bytes:
-    """Return a picture's file, or its bytes where it lies in a tar."""
-    archive, bang, member = str(path).partition(".tar!")
-    if not bang:
-        return path
-    with tarfile.open(f"{archive}.tar") as tar:
-        file = tar.extractfile(member)
-        return file.read() if file else b""
 
 
 def _section(direction: Direction, captions: CaptionSet, pictures: _Thumbnails) -> dict[str, Any]:

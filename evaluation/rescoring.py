@@ -13,17 +13,15 @@ import numpy as np
 import torch
 
 from ..core.errors import ModelError
-from ..core.types import PatchBatch
+from ..rerank.rerank import QUERIES_AT_ONCE, queries_at_once, score_candidates
+from .gallery import Gallery
 from .ranking import Ranking
 from .texts import TextBank
 
 if TYPE_CHECKING:
     from ..rerank.scorers import Scorer
 
-QUERIES_AT_ONCE = 64  # texts with their candidates
 IMAGES_AT_ONCE = 512  # image queries: their candidates' texts then come up once, not once a block
-
-FetchPatches = Callable[[np.ndarray], PatchBatch]  # from gallery rows (M,) to their patches
 
 
 def score_images(
@@ -32,7 +30,7 @@ def score_images(
     queries: np.ndarray,
     coarse: Ranking,
     n: int,
-    fetch: FetchPatches,
+    gallery: Gallery,
     on_block: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """Score the first n images of each text's list.
@@ -43,16 +41,16 @@ def score_images(
         queries: (Q,) rows in `texts`.
         coarse: the lists; its documents are gallery rows.
         n: how many candidates a query.
-        fetch: reads patches.
+        gallery: reads patches, or the images themselves.
         on_block: called with the number of queries that a block has finished.
 
     Returns:
         (Q, n) float32.
     """
     scores = np.empty((len(queries), n), dtype=np.float32)
-    for part in _blocks(len(queries), QUERIES_AT_ONCE):
-        images = coarse.order[part, :n]  # (B, n)
-        scores[part] = _score(scorer, texts, queries[part], images, coarse.scores[part, :n], fetch)
+    for part in _blocks(len(queries), queries_at_once(scorer)):
+        images, cosines = coarse.order[part, :n], coarse.scores[part, :n]  # (B, n) each
+        scores[part] = _score(scorer, texts, queries[part], images, cosines, gallery)
         if on_block:
             on_block(len(images))
     return scores
@@ -64,7 +62,7 @@ def score_texts(
     queries: np.ndarray,
     coarse: Ranking,
     n: int,
-    fetch: FetchPatches,
+    gallery: Gallery,
     on_block: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """Score the first n texts of each image's list; see `score_images`.
@@ -96,7 +94,7 @@ def score_texts(
                 distinct[some],
                 np.where(there, images[pairs], -1),
                 np.where(there, cosines[pairs], -np.inf).astype(np.float32),
-                fetch,
+                gallery,
             )
             found[pairs[there]] = block[there]
         scores[part] = found.reshape(-1, n)
@@ -115,17 +113,20 @@ def _score(
     queries: np.ndarray,
     images: np.ndarray,
     cosines: np.ndarray,
-    fetch: FetchPatches,
+    gallery: Gallery,
 ) -> np.ndarray:
-    """Score (B, n) images, -1 where there is none, of (B,) texts with one read of patches."""
+    """Score (B, n) images, -1 where there is none, of (B,) texts; each image is read once."""
     distinct, inverse = np.unique(images, return_inverse=True)
     padded = int(distinct[0] < 0)
     rows = inverse.reshape(images.shape) - padded  # (B, n), -1 where there is none
-    ranks = scorer.score(
+    ranks = score_candidates(
+        scorer,
         texts.take(queries.tolist()),
-        fetch(distinct[padded:]) if scorer.needs_patches else None,
+        distinct[padded:].tolist(),
         torch.from_numpy(rows),
         torch.from_numpy(np.ascontiguousarray(cosines)),
+        lambda rows: gallery.fetch(np.array(rows)),
+        gallery.pictures,
     ).rank  # (B, n)
     scores = ranks.float().cpu().numpy()
     if np.isnan(scores).any():

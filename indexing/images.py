@@ -7,7 +7,9 @@ applied, everything ends as 8-bit RGB on white.
 
 from __future__ import annotations
 
+import errno
 import math
+import tarfile
 import threading
 import warnings
 from dataclasses import dataclass
@@ -141,6 +143,26 @@ def open_thumbnail(source: Path | bytes, size: int) -> Image.Image:
         image = _upright(_to_rgb(image), orientation)
         image.thumbnail((size, size), Image.Resampling.BICUBIC)
         return image
+
+
+def source_of(path: Path) -> Path | bytes:
+    """Return the file of an indexed picture, or its bytes where it lies in an archive.
+
+    Args:
+        path: as the catalog names it, perhaps "archive.tar!member".
+
+    Raises:
+        OSError: the archive cannot be read, or has no such member.
+    """
+    archive, bang, member = str(path).partition(".tar!")
+    if not bang:
+        return path
+    try:
+        with tarfile.open(f"{archive}.tar") as tar:
+            file = tar.extractfile(member)
+            return file.read() if file else b""
+    except (tarfile.TarError, KeyError) as error:
+        raise FileNotFoundError(errno.ENOENT, "no such picture in the archive", path) from error
 
 
 def read_bytes(path: Path) -> bytes:

@@ -8,6 +8,7 @@ known, by model name or local folder.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +35,6 @@ class ItmScorer:
         ModelError: no such model, one of another kind, or weights that do not fill it.
     """
 
-    name = "itm"
     needs_patches = False
 
     def __init__(self, model: str, device: torch.device) -> None:
@@ -44,6 +44,7 @@ class ItmScorer:
             raise ModelError(
                 "scorer 'itm' needs transformers", "pip install 'mmsearch[transformers]'"
             ) from error
+        self.name = f"itm:{Path(model).name}"
         self.device = device
         transformers.utils.logging.disable_progress_bar()  # the command line has its own
         try:
@@ -76,7 +77,7 @@ class ItmScorer:
         """Refuse: this scorer looks at pictures, see ``score_pictures``."""
         raise UsageError(
             "scorer 'itm' looks at the pictures themselves, and they are not at hand here",
-            "Use it with mmsearch query.",
+            "Use it with mmsearch query, or mmsearch eval CAPTIONS.",
         )
 
     @torch.inference_mode()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from ..core.errors import ModelError
+from ..core.errors import MmsearchError, ModelError
 from ..core.types import Candidates, PatchBatch, TextFeatures
 from .itm import ItmScorer
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .scorers import Scorer, Scores
 
 QUERIES_AT_ONCE = 64  # bounds the patches held in memory: 64 x 100 candidates are about 80 MB
-
+LOOKING_AT_ONCE = 8  # the same for pictures: 8 x 100 of PICTURE_SIDE are about 500 MB
+PICTURE_SIDE = 512  # of pictures for scorers that look at them; theirs is 384
 
 FetchPictures = Callable[[Sequence[int]], list["np.ndarray | None"]]
 
@@ -66,17 +67,11 @@ def rerank(
     def score(
         text: TextFeatures, ids: list[int], rows: torch.Tensor, coarse: torch.Tensor
     ) -> Scores:
-        if fetch_pictures and isinstance(scorer, ItmScorer):
-            return scorer.score_pictures(text.texts, fetch_pictures(ids), rows)
-        patches = fetch_patches(ids) if scorer.needs_patches else None
-        if patches is not None and patches.present is not None:
-            there = patches.present[rows.clamp_min(0)] & (rows >= 0)  # (Q, N)
-            rows = rows.masked_fill(~there, -1)  # (Q, N)
-        return scorer.score(text, patches, rows, coarse)
+        return score_candidates(scorer, text, ids, rows, coarse, fetch_patches, fetch_pictures)
 
     parts = [
         _rerank_some(scorer.name, score, _texts(text, some), _candidates(candidates, some))
-        for some in _slices(len(candidates.ids))
+        for some in _slices(len(candidates.ids), queries_at_once(scorer))
     ]
     if not parts:
         return Reranked(candidates.ids, candidates.scores, candidates.scores, candidates.ids, None)
@@ -90,15 +85,61 @@ def rerank(
     )
 
 
-def read_pictures(index: ImageIndex, ids: Sequence[int], side: int = 512) -> list[Any]:
-    """Read indexed pictures for a scorer that looks at pixels: (H, W, 3) uint8 each, or None."""
-    from ..core.errors import MmsearchError
-    from ..indexing.images import open_thumbnail
+def score_candidates(
+    scorer: Scorer,
+    text: TextFeatures,
+    ids: Sequence[int],
+    rows: torch.Tensor,
+    coarse: torch.Tensor,
+    fetch_patches: Callable[[Sequence[int]], PatchBatch],
+    fetch_pictures: FetchPictures | None = None,
+) -> Scores:
+    """Score pairs, with whatever the scorer looks at: patches, pictures or neither.
 
-    pictures = []
+    Args:
+        scorer: from ``load_scorer``.
+        text: Q texts.
+        ids: the M distinct pictures, as the fetching functions know them.
+        rows: (Q, N) long, the place in ``ids`` of each candidate; -1 for none.
+        coarse: (Q, N) float32, cosine similarity; -inf on padding.
+        fetch_patches: called if the scorer needs patches.
+        fetch_pictures: called if the scorer looks at pictures.
+
+    Raises:
+        UsageError: the scorer looks at pictures and they cannot be fetched.
+    """
+    if fetch_pictures and isinstance(scorer, ItmScorer):
+        return scorer.score_pictures(text.texts, fetch_pictures(ids), rows)
+    patches = fetch_patches(ids) if scorer.needs_patches else None
+    if patches is not None and patches.present is not None:
+        there = patches.present[rows.clamp_min(0)] & (rows >= 0)  # (Q, N)
+        rows = rows.masked_fill(~there, -1)  # (Q, N)
+    return scorer.score(text, patches, rows, coarse)
+
+
+def queries_at_once(scorer: Scorer) -> int:
+    """Return how many queries' candidates may be held in memory together."""
+    return LOOKING_AT_ONCE if isinstance(scorer, ItmScorer) else QUERIES_AT_ONCE
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """Read an indexed picture for a scorer that looks at pixels, (H, W, 3) uint8.
+
+    Raises:
+        UndecodableImage: it is no picture.
+        OSError: it cannot be read.
+    """
+    from ..indexing.images import open_thumbnail, source_of
+
+    return np.array(open_thumbnail(source_of(path), PICTURE_SIDE))  # a copy: torch wants to write
+
+
+def read_pictures(index: ImageIndex, ids: Sequence[int]) -> list[np.ndarray | None]:
+    """Read indexed pictures, each as in ``read_picture``, or None where it cannot be read."""
+    pictures: list[np.ndarray | None] = []
     for record in index.records(ids):
         try:
-            pictures.append(np.asarray(open_thumbnail(Path(record.path), side).convert("RGB")))
+            pictures.append(read_picture(Path(record.path)))
         except (MmsearchError, OSError):
             pictures.append(None)
     return pictures
@@ -140,8 +181,8 @@ def _rerank_some(
     )
 
 
-def _slices(queries: int) -> list[slice]:
-    return [slice(at, at + QUERIES_AT_ONCE) for at in range(0, queries, QUERIES_AT_ONCE)]
+def _slices(queries: int, size: int) -> list[slice]:
+    return [slice(at, at + size) for at in range(0, queries, size)]
 
 
 def _texts(text: TextFeatures, some: slice) -> TextFeatures:

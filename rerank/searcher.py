@@ -233,13 +233,16 @@ class Searcher:
 
     def _pixels_of(self, record: ImageRecord) -> np.ndarray | None:
         """Return the model's view of a picture (H, W, 3), None if its file is gone or another."""
-        from ..indexing.images import decode
+        from ..indexing.images import decode, source_of
 
+        archive, inside, _ = record.path.partition(".tar!")
         try:
-            status = os.stat(record.path)  # noqa: PTH116 - any bytes a file system allows
-            if (status.st_size, status.st_mtime_ns) != (record.size, record.mtime_ns):
+            # os.stat, since any bytes that a file system allows must come through.
+            status = os.stat(f"{archive}.tar" if inside else record.path)  # noqa: PTH116
+            size = record.size if inside else status.st_size
+            if (size, status.st_mtime_ns) != (record.size, record.mtime_ns):
                 return None
-            return decode(Path(record.path), self._spec.input_spec).pixels
+            return decode(source_of(Path(record.path)), self._spec.input_spec).pixels
         except (OSError, MmsearchError):
             return None
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from mmsearch.core.errors import ModelError, UsageError
+from mmsearch.cli.eval import eval_app
+from mmsearch.core.errors import InputError, ModelError, UsageError
 from mmsearch.core.types import Candidates
-from mmsearch.rerank.rerank import rerank
+from mmsearch.rerank.rerank import read_picture, rerank
 from mmsearch.rerank.scorers import load_scorer
+from typer.testing import CliRunner
 
+from .photos import photograph
 from .test_rerank_scorers import make_text
 
 transformers = pytest.importorskip("transformers")
@@ -100,6 +105,37 @@ def test_reranking_by_pixels(model):
     assert result.ids[1].tolist() == [5, -1, -1]
     with pytest.raises(UsageError, match="pictures themselves"):
         rerank(scorer, make_text(2), Candidates(ids, scores), refuse)
+
+
+def test_evaluation_hands_the_pictures_over(model, tmp_path):
+    captions = {"cat.png": "a dog", "coffee.png": "a red car", "rocket.jpg": "a blue t"}
+    for name in captions:
+        shutil.copy(photograph(name), tmp_path / name)
+    rows = [f"{name},{caption}" for name, caption in captions.items()]
+    (tmp_path / "captions.csv").write_text("\n".join(["image,caption", *rows]))
+    out = tmp_path / "out.json"
+    arguments = [
+        tmp_path / "captions.csv", "--images", tmp_path, "--index", tmp_path / "index", "--model",
+        "bundled", "--scorer", f"itm:{model}", "--direction", "both", "--json", out,
+    ]  # fmt: skip
+    done = CliRunner().invoke(eval_app, list(map(str, arguments)))
+    assert done.exit_code == 0, done.exception
+
+    scorer = load_scorer(f"itm:{model}", ENCODER, device="cpu")
+    seen = [read_picture(tmp_path / name) for name in captions]
+    every = torch.arange(3).expand(3, 3)
+    scores = scorer.score_pictures(list(captions.values()), seen, every).rank  # (texts, pictures)
+    document = json.loads(out.read_text())
+    for direction, table in (("t2i", scores), ("i2t", scores.T)):
+        row = document["directions"][direction]["rows"][1]
+        assert row["scorer"] == f"itm:{model.name}"
+        ranks = (table >= table.diagonal()[:, None]).sum(dim=1)
+        assert row["first_relevant"] == ranks.tolist()
+
+    (tmp_path / "cat.png").write_bytes(b"no picture any more")
+    failed = CliRunner().invoke(eval_app, list(map(str, arguments)))
+    assert isinstance(failed.exception, InputError), failed.exception
+    assert "cat.png, which the reranker must look at" in failed.exception.message
 
 
 def test_wrong_models_are_refused(tmp_path):
