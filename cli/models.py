@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from .options import IndexOption
@@ -110,7 +111,7 @@ def _list_scorers(index, as_json: bool) -> None:
     table.add_column("measured on validation")
     for row in rows:
         figures = ", ".join(f"{name} {value:.1f}" for name, value in row["figures"].items())
-        table.add_row(row["name"], row["needs"], figures)
+        table.add_row(row["name"], escape(row["needs"]), figures)
     stdout.print(table)
     ways = " or ".join(f"NAME:{each}" for each in SELECTIONS)
     say(f"A cross head reads a part of the patches as {ways}, which pays where they are hundreds.")
