@@ -26,6 +26,7 @@ from .output import print_line, progress, say, warn
 if TYPE_CHECKING:
     from ..indexing.encoder import Encoder
     from ..indexing.index import Events, ImageIndex, IndexReport, Plan
+    from ..indexing.manifest import Manifest
 
 EXAMPLES = """
 Examples:
@@ -37,6 +38,8 @@ Examples:
     mmsearch index ~/Pictures --exclude raw/ --exclude '*.gif'
 
     mmsearch index ~/Pictures --model ViT-B-32 --pretrained laion2b_s34b_b79k
+
+    mmsearch index ~/Pictures --patch-pool cluster:16 # fewer vectors a picture: smaller on disk
 
     mmsearch index shards/*.tar                       # pictures in WebDataset archives
 
@@ -83,9 +86,23 @@ def index(
         typer.Option("--patch-kind", help="Patch features: aligned or penultimate (new index)."),
     ] = "aligned",
     patch_codes: Annotated[
-        str,
-        typer.Option("--patch-codes", help="How they are stored: int8, int4 or fp16 (new index)."),
-    ] = "int8",
+        str | None,
+        typer.Option(
+            "--patch-codes",
+            show_default="int8",
+            help="How they are stored: int8, int4 or fp16 (new index).",
+        ),
+    ] = None,
+    patch_pool: Annotated[
+        str | None,
+        typer.Option(
+            "--patch-pool",
+            metavar="1|2|cluster:N",
+            show_default="1",
+            help="How many are stored: 1 all, 2 the mean of each 2 x 2, cluster:N the means of N "
+            "clusters of a picture's own (new index).",
+        ),
+    ] = None,
     include: Annotated[
         list[str] | None,
         typer.Option("--include", metavar="PATTERN", help="Take only these (gitignore syntax)."),
@@ -168,12 +185,16 @@ def index(
 ) -> None:
     """Make pictures searchable, or bring the index up to date with them."""
     from ..indexing.index import ImageIndex, read_plan
+    from ..indexing.manifest import Manifest
+    from ..indexing.pooling import check_pool
     from ..indexing.shards import PATCH_CODES
 
-    if patch_codes not in PATCH_CODES:
+    if patch_codes not in (None, *PATCH_CODES):
         raise UsageError(
             f"unknown --patch-codes {patch_codes!r}", f"Use one of {', '.join(PATCH_CODES)}."
         )
+    if patch_pool is not None:
+        check_pool(patch_pool)
     parted = read_partition_by(partition_by)
     built = read_index_params(index_params)
     folder = index_dir(index)
@@ -194,7 +215,8 @@ def index(
             encoder.spec,
             milvus_uri=milvus,
             milvus_token=milvus_token(),
-            patch_codes=patch_codes,
+            patch_codes=patch_codes or "int8",
+            patch_pool=patch_pool or "1",
             index_type=index_type,
             index_params=built,
             partition_by=parted,
@@ -204,6 +226,7 @@ def index(
         )
         load = _already(encoder)
     else:
+        _refuse_other_rows(Manifest.read(folder), patch_codes, patch_pool)
         opened = open_index(index, milvus, wait)
         load = _loader(opened, model, pretrained, device, precision)
     with opened, _stopping(quiet) as stop, _showing(quiet, verbose) as events:
@@ -299,6 +322,21 @@ def _refuse_nothing(plan: Plan, paths: list[Path], rebuild: bool) -> None:
             f"no pictures in {', '.join(map(str, paths))}",
             "Name a folder with pictures; hidden files and those in .mmsearchignore do not count.",
         )
+
+
+def _refuse_other_rows(manifest: Manifest, patch_codes: str | None, patch_pool: str | None) -> None:
+    """Refuse to store patches in another way than the index does."""
+    from ..core.errors import BadIndex
+
+    for option, asked, kept in (
+        ("--patch-codes", patch_codes, manifest.patch_codes),
+        ("--patch-pool", patch_pool, manifest.patch_pool),
+    ):
+        if asked not in (None, kept):
+            raise BadIndex(
+                f"the index was made with {option} {kept}, not {asked}",
+                f"Leave {option} out, use another --index, or start over with --rebuild.",
+            )
 
 
 def _new_encoder(

@@ -53,6 +53,7 @@ def status(
             "pretrained": manifest.encoder.pretrained,
             "grid": list(manifest.grid),
             "patch_codes": manifest.patch_codes,
+            "patch_pool": manifest.patch_pool,
             "milvus": manifest.milvus_uri,
             "collection": manifest.collection,
         }
@@ -73,7 +74,8 @@ def status(
         "failed": f"{stats.failed:,}" + (" (list them with --failed)" if stats.failed else ""),
         "model": manifest.encoder.display_name,
         "features": f"{manifest.encoder.embed_dim}-d; patches {manifest.grid.height} x "
-        f"{manifest.grid.width} x {manifest.encoder.patch_dim}, {manifest.patch_codes}",
+        f"{manifest.grid.width} x {manifest.encoder.patch_dim}, "
+        f"{manifest.patch_codes}{_pooling(manifest.patch_pool)}",
         "vectors": f"{milvus}, {manifest.index_type}",
         "on disk": _size(stats.index_bytes),
     }
@@ -82,6 +84,10 @@ def status(
     for name, value in rows.items():
         table.add_row(f"[dim]{name}[/]", escape(value))
     stdout.print(table, soft_wrap=True)
+
+
+def _pooling(pool: str) -> str:
+    return "" if pool == "1" else f", pooled by {pool}"
 
 
 def _size(count: float) -> str:

@@ -28,6 +28,7 @@ from .filters import Condition, Filters
 from .lock import IndexLock
 from .manifest import FILE_NAME, Manifest
 from .pipeline import Events, Job, Plan, Survey, Tally, run
+from .pooling import check_pool
 from .remote_shards import RemoteStorage, is_url
 from .scan import Rules, Walk, split_path
 from .shards import LocalStorage, Shards
@@ -114,6 +115,7 @@ class ImageIndex:
         milvus_uri: str | None = None,
         milvus_token: str | None = None,
         patch_codes: str = "int8",
+        patch_pool: str = "1",
         index_type: str = "HNSW",
         index_params: dict[str, Any] | None = None,
         partition_by: str = "none",
@@ -129,6 +131,7 @@ class ImageIndex:
             milvus_uri: a Milvus server; None for Milvus Lite in the folder.
             milvus_token: "user:password" or an API key for it; never stored.
             patch_codes: "int8", "int4" or "fp16".
+            patch_pool: "1" stores all patches, "2" and "cluster:N" fewer; see ``pooling``.
             index_type: HNSW, or another that the Milvus knows.
             index_params: how Milvus is to build it; None for good ones.
             partition_by: "folder" groups the vectors by folder, "none" does not.
@@ -137,6 +140,7 @@ class ImageIndex:
             wait: seconds to wait for another process to let go of it.
 
         Raises:
+            UsageError: there is no such pooling, or it has more clusters than there are patches.
             BadIndex: there is an index already, or the folder holds something else.
             StorageError: the folder cannot be written to, or Milvus cannot be reached.
             IndexBusy: another process holds it.
@@ -144,11 +148,13 @@ class ImageIndex:
         path = Path(os.path.abspath(path))
         if (path / FILE_NAME).exists() and not rebuild:
             raise BadIndex(f"there is an index in {path} already", "Open it, or use --rebuild.")
+        check_pool(patch_pool, encoder.grid)
         _make_room(path, wait)
         collection = "images" if milvus_uri is None else collection_name(path)
         manifest = Manifest(
             encoder,
             patch_codes,
+            patch_pool,
             milvus_uri=milvus_uri,
             collection=collection,
             index_type=index_type,

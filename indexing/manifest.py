@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import BadIndex, StorageError
+from ..core.errors import BadIndex, StorageError, UsageError
 from ..core.types import Grid
 from .encoder import EncoderSpec
+from .pooling import check_pool
 from .shards import PATCH_CODES, RowFormat
 
 SCHEMA_VERSION = 1
@@ -23,6 +24,7 @@ class Manifest:
 
     encoder: EncoderSpec
     patch_codes: str = "int8"
+    patch_pool: str = "1"
     metric: str = "cosine"
     milvus_uri: str | None = None  # None: Milvus Lite in the index folder
     collection: str = "images"
@@ -41,7 +43,8 @@ class Manifest:
     def row_format(self) -> RowFormat:
         """The bytes of an image in the shards."""
         encoder = self.encoder
-        return RowFormat(encoder.embed_dim, encoder.patch_dim, encoder.grid, self.patch_codes)
+        widths = encoder.embed_dim, encoder.patch_dim
+        return RowFormat(*widths, encoder.grid, self.patch_codes, self.patch_pool)
 
     def write(self, folder: Path) -> None:
         """Write the manifest so that a reader sees the old one or the new one, never a part.
@@ -53,6 +56,7 @@ class Manifest:
             "schema_version": self.schema_version,
             "encoder": self.encoder.to_dict(),
             "patch_codes": self.patch_codes,
+            "patch_pool": self.patch_pool,
             "metric": self.metric,
             "milvus_uri": self.milvus_uri,
             "collection": self.collection,
@@ -103,6 +107,7 @@ class Manifest:
             manifest = cls(
                 encoder=EncoderSpec.from_dict(fields["encoder"]),
                 patch_codes=fields["patch_codes"],
+                patch_pool=fields.get("patch_pool", "1"),
                 metric=fields["metric"],
                 milvus_uri=fields["milvus_uri"],
                 collection=fields["collection"],
@@ -112,8 +117,11 @@ class Manifest:
                 shards=fields.get("shards"),
                 schema_version=version,
             )
+            check_pool(manifest.patch_pool, manifest.grid)
         except (KeyError, TypeError, AttributeError) as error:
             raise _damaged(path, f"{type(error).__name__} {error}") from error
+        except UsageError as error:
+            raise _damaged(path, f"unknown patch_pool {fields['patch_pool']!r}") from error
         if manifest.patch_codes not in PATCH_CODES:
             raise _damaged(path, f"unknown patch_codes {manifest.patch_codes!r}")
         return manifest

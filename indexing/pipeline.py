@@ -253,8 +253,7 @@ class Writer:
                 shard, row = self._shards.append(
                     self._catalog.end(),
                     encoded.pooled[keep],
-                    encoded.codes[keep],
-                    None if encoded.scales is None else encoded.scales[keep],
+                    encoded.records[keep],
                 )
                 for number, at in enumerate(keep):
                     content = fresh[at]
@@ -302,14 +301,12 @@ class Encoded:
     """Features ready to be stored."""
 
     pooled: np.ndarray  # (N, D) float32
-    codes: np.ndarray  # (N, P, C)
-    scales: np.ndarray | None  # (N, P) float16
+    records: np.ndarray  # (N,) of RowFormat.patches
 
     @classmethod
     def of(cls, features: ImageFeatures, row: RowFormat) -> Encoded:
         """Bring a batch of features to their stored form."""
-        codes, scales = quantise(features.patches, row)
-        return cls(features.pooled.float().cpu().numpy(), codes, scales)
+        return cls(features.pooled.float().cpu().numpy(), quantise(features.patches, row))
 
 
 @dataclass(slots=True)

@@ -3,17 +3,21 @@
 A shard is two flat files of fixed-size rows, memory-mapped to be read::
 
     000000.pooled    rows x D float32
-    000000.patches   rows x record of scales (P float16), codes (P x C) and a checksum (uint64)
+    000000.patches   rows x record of scales (S float16), codes (S x C) and a checksum (uint64)
 
-The checksum of a row covers its pooled vector, scales and codes. Rows are only ever appended;
-the catalog says which of them count, so a torn tail is cut off by the next writer.
+S is the number of vectors stored of a picture: its P patches, or fewer if they are pooled. Pooled
+by clusters, a record also says which of them each patch became (P uint8). Whatever is stored, all
+P patches are read: those that were pooled together come back as the same vector.
+
+The checksum of a row covers its pooled vector and all else of its record. Rows are only ever
+appended; the catalog says which of them count, so a torn tail is cut off by the next writer.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,6 +27,7 @@ import xxhash
 
 from ..core.errors import BadIndex, StorageError
 from ..core.types import Grid, PatchBatch
+from .pooling import cells, pool_patches, pooled_size
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +46,12 @@ class RowFormat:
     patch_dim: int  # C
     grid: Grid  # P patches
     codes: str = "int8"  # one of PATCH_CODES
+    pool: str = "1"  # "1", "2" or "cluster:N"; see ``pooling``
+
+    @property
+    def clustered(self) -> bool:
+        """Whether a row says which stored vector each patch became."""
+        return self.pool not in ("1", "2")
 
     @property
     def pooled(self) -> np.dtype:
@@ -50,54 +61,95 @@ class RowFormat:
     @property
     def patches(self) -> np.dtype:
         """Row of a ``.patches`` file."""
-        patches = self.grid.size
+        vectors = pooled_size(self.pool, self.grid)  # S
         fields: list[tuple[str, str, tuple[int, ...]]] = []
         if self.codes == "fp16":
-            fields.append(("codes", "<f2", (patches, self.patch_dim)))
+            fields.append(("codes", "<f2", (vectors, self.patch_dim)))
         else:
             width = self.patch_dim if self.codes == "int8" else (self.patch_dim + 1) // 2
             kind = "i1" if self.codes == "int8" else "u1"
-            fields.append(("scales", "<f2", (patches,)))
-            fields.append(("codes", kind, (patches, width)))
+            fields.append(("scales", "<f2", (vectors,)))
+            fields.append(("codes", kind, (vectors, width)))
+        if self.clustered:
+            fields.append(("assignments", "u1", (self.grid.size,)))
         return np.dtype([*fields, ("checksum", "<u8")])
 
 
-def quantise(patches: torch.Tensor, row: RowFormat) -> tuple[np.ndarray, np.ndarray | None]:
-    """Bring patch features to their stored form, on the device they are on.
+def quantise(patches: torch.Tensor, row: RowFormat) -> np.ndarray:
+    """Pool patch features and bring them to their stored form, on the device they are on.
 
     Args:
         patches: (N, P, C) floating point.
         row: the format to bring them to.
 
     Returns:
-        Codes (N, P, C), int4 packed two to a byte, and scales (N, P) float16 or None for fp16.
-        A patch is codes * scale; the error is at most half a scale.
+        (N,) records of ``row.patches``, the checksums left at zero: codes (N, S, C), int4 packed
+        two to a byte, scales (N, S) float16 but for fp16, and assignments (N, P) uint8 if there
+        are clusters. A vector is codes * scale; the error is at most half a scale.
     """
     import torch
 
+    records = np.zeros(len(patches), row.patches)
+    vectors = patches  # (N, S, C)
+    if row.pool != "1":
+        vectors, assignments = pool_patches(patches, row.pool, row.grid)
+        if row.clustered:
+            records["assignments"] = assignments.cpu().numpy()
     if row.codes == "fp16":
-        return patches.to(torch.float16).cpu().numpy(), None
+        records["codes"] = vectors.to(torch.float16).cpu().numpy()
+        return records
     largest = _LARGEST[row.codes]
-    scales = patches.abs().amax(-1) / largest  # (N, P)
-    scales = scales.to(torch.float16)  # (N, P)
-    divisor = scales.to(patches.dtype)  # (N, P)
-    divisor = divisor.masked_fill(divisor == 0, 1)  # (N, P)
-    scaled = (patches / divisor.unsqueeze(-1)).round_()  # (N, P, C)
-    codes = scaled.clamp_(-largest, largest).to(torch.int8).cpu().numpy()  # (N, P, C)
-    if row.codes == "int4":
-        codes = _pack(codes)
-    return codes, scales.cpu().numpy()
+    scales = vectors.abs().amax(-1) / largest  # (N, S)
+    scales = scales.to(torch.float16)  # (N, S)
+    divisor = scales.to(vectors.dtype)  # (N, S)
+    divisor = divisor.masked_fill(divisor == 0, 1)  # (N, S)
+    scaled = (vectors / divisor.unsqueeze(-1)).round_()  # (N, S, C)
+    codes = scaled.clamp_(-largest, largest).to(torch.int8).cpu().numpy()  # (N, S, C)
+    records["codes"] = _pack(codes) if row.codes == "int4" else codes
+    records["scales"] = scales.cpu().numpy()
+    return records
 
 
 def stored_form(patches: torch.Tensor, row: RowFormat) -> PatchBatch:
     """Return patch features (N, P, C) as they would come back from the shards."""
     import torch
 
-    codes, scales = quantise(patches, row)
-    if row.codes == "int4":
-        codes = _unpack(codes, row.patch_dim)
+    records = quantise(patches, row)
+    codes, scales = _expand({name: records[name] for name in row.patches.names or ()}, row)
     return PatchBatch(
         torch.from_numpy(codes), None if scales is None else torch.from_numpy(scales), row.grid
+    )
+
+
+def _expand(
+    stored: Mapping[str, np.ndarray], row: RowFormat
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Give each patch of the grid the vector it was stored as.
+
+    Args:
+        stored: columns of M records: "codes" (M, S, C), int4 packed, "scales" (M, S) and
+            "assignments" (M, P) where the format has them.
+        row: their format.
+
+    Returns:
+        Codes (M, P, C) and scales (M, P) or None.
+
+    Raises:
+        BadIndex: an assignment names a vector that does not exist.
+    """
+    codes, scales = stored["codes"], stored.get("scales")  # (M, S, C), (M, S)
+    if row.codes == "int4":
+        codes = _unpack(codes, row.patch_dim)  # (M, S, C)
+    if row.pool != "1":
+        vector = stored["assignments"] if row.clustered else cells(row.grid)  # (M, P) or (P,)
+        if vector.max(initial=0) >= codes.shape[1]:
+            raise BadIndex("patch features are damaged", "Run `mmsearch check --repair`.")
+        image = np.arange(len(codes))[:, None]  # (M, 1)
+        codes = codes[image, vector]  # (M, P, C)
+        scales = None if scales is None else scales[image, vector]  # (M, P)
+    return (
+        np.ascontiguousarray(codes),
+        None if scales is None else np.ascontiguousarray(scales),
     )
 
 
@@ -214,16 +266,14 @@ class Shards:
         self,
         position: tuple[int, int],
         pooled: np.ndarray,
-        codes: np.ndarray,
-        scales: np.ndarray | None,
+        records: np.ndarray,
     ) -> tuple[int, int]:
         """Store N images from a position on, overwriting what a killed run left there.
 
         Args:
             position: (shard, row) after the last image that counts.
             pooled: (N, D) float32.
-            codes: (N, P, C) as ``quantise`` gives them.
-            scales: (N, P) float16 or None.
+            records: (N,) as ``quantise`` gives them; their checksums are filled in.
 
         Returns:
             The (shard, row) of the first image; the others follow it.
@@ -234,10 +284,6 @@ class Shards:
         shard, row = position
         if row * self.row.patches.itemsize >= SHARD_BYTES:
             shard, row = shard + 1, 0
-        records = np.empty(len(pooled), self.row.patches)
-        records["codes"] = codes
-        if scales is not None:
-            records["scales"] = scales
         pooled = np.ascontiguousarray(pooled, "<f4")
         records["checksum"] = [_checksum(*pair) for pair in zip(pooled, records, strict=True)]
         self._storage.append(f"{shard:06d}.pooled", row, pooled)
@@ -273,9 +319,11 @@ class Shards:
         present = np.ones(len(positions), bool)
 
         kind = self.row.patches
-        codes = np.empty((len(positions), *kind["codes"].shape), kind["codes"].base)
-        scaled = "scales" in (kind.names or ())
-        scales = np.empty((len(positions), self.row.grid.size), "<f2") if scaled else None
+        stored = {
+            name: np.zeros((len(positions), *kind[name].shape), kind[name].base)
+            for name in kind.names or ()
+            if name != "checksum"
+        }
         pooled = np.zeros((len(positions), self.row.embed_dim), np.float32)
         for shard, places in _by_shard(positions):
             files = ((f"{shard:06d}.pooled", self.row.pooled), (f"{shard:06d}.patches", kind))
@@ -287,11 +335,9 @@ class Shards:
                 places = there
             vectors, rows = (self._rows(*file, positions, places) for file in files)
             pooled[places] = vectors
-            codes[places] = rows["codes"]
-            if scales is not None:
-                scales[places] = rows["scales"]
-        if self.row.codes == "int4":
-            codes = _unpack(codes, self.row.patch_dim)
+            for name, column in stored.items():
+                column[places] = rows[name]
+        codes, scales = _expand(stored, self.row)
         return PatchBatch(
             codes=torch.from_numpy(codes),  # (M, P, C)
             scales=None if scales is None else torch.from_numpy(scales),  # (M, P)
