@@ -24,6 +24,7 @@ from .options import (
 from .output import print_line, progress, say, warn
 
 if TYPE_CHECKING:
+    from ..core.types import Grid
     from ..indexing.encoder import Encoder
     from ..indexing.index import Events, ImageIndex, IndexReport, Plan
     from ..indexing.manifest import Manifest
@@ -101,6 +102,16 @@ def index(
             show_default="1",
             help="How many are stored: 1 all, 2 the mean of each 2 x 2, cluster:N the means of N "
             "clusters of a picture's own (new index).",
+        ),
+    ] = None,
+    tiles: Annotated[
+        str | None,
+        typer.Option(
+            "--tiles",
+            metavar="1x1|2x2|3x3",
+            show_default="1x1",
+            help="Finer patches from a larger view, encoded tile by tile (new index): 2x2 makes "
+            "4 times the patches (and bytes) in 5 passes of the model, 3x3 makes 9 times in 10.",
         ),
     ] = None,
     include: Annotated[
@@ -193,6 +204,7 @@ def index(
         raise UsageError(
             f"unknown --patch-codes {patch_codes!r}", f"Use one of {', '.join(PATCH_CODES)}."
         )
+    tiling = read_tiles(tiles or "1x1")
     if patch_pool is not None:
         check_pool(patch_pool)
     parted = read_partition_by(partition_by)
@@ -207,7 +219,13 @@ def index(
     if not exists or rebuild:
         _refuse_nothing(read_plan(folder, paths, **rules), paths, rebuild)
         encoder, why = _new_encoder(
-            folder if rebuild and exists else None, model, pretrained, device, precision, patch_kind
+            folder if rebuild and exists else None,
+            model,
+            pretrained,
+            device,
+            precision,
+            patch_kind,
+            tiling,
         )
         say(why, quiet=quiet)
         opened = ImageIndex.create(
@@ -226,7 +244,7 @@ def index(
         )
         load = _already(encoder)
     else:
-        _refuse_other_rows(Manifest.read(folder), patch_codes, patch_pool)
+        _refuse_other_rows(Manifest.read(folder), patch_codes, patch_pool, tiles)
         opened = open_index(index, milvus, wait)
         load = _loader(opened, model, pretrained, device, precision)
     with opened, _stopping(quiet) as stop, _showing(quiet, verbose) as events:
@@ -254,6 +272,15 @@ def _cluster(address: str, workers: int | None, device: str, precision: str):
     from ..indexing.ray_embed import RayCluster
 
     return RayCluster(address, workers, device, precision)
+
+
+def read_tiles(name: str) -> Grid:
+    """Check --tiles."""
+    from ..indexing.encoder import TILES
+
+    if name not in TILES:
+        raise UsageError(f"unknown --tiles {name!r}", f"Use one of {', '.join(TILES)}.")
+    return TILES[name]
 
 
 def read_partition_by(name: str) -> str:
@@ -324,13 +351,16 @@ def _refuse_nothing(plan: Plan, paths: list[Path], rebuild: bool) -> None:
         )
 
 
-def _refuse_other_rows(manifest: Manifest, patch_codes: str | None, patch_pool: str | None) -> None:
+def _refuse_other_rows(
+    manifest: Manifest, patch_codes: str | None, patch_pool: str | None, tiles: str | None
+) -> None:
     """Refuse to store patches in another way than the index does."""
     from ..core.errors import BadIndex
 
     for option, asked, kept in (
         ("--patch-codes", patch_codes, manifest.patch_codes),
         ("--patch-pool", patch_pool, manifest.patch_pool),
+        ("--tiles", tiles, str(manifest.encoder.tiles)),
     ):
         if asked not in (None, kept):
             raise BadIndex(
@@ -346,6 +376,7 @@ def _new_encoder(
     device: str,
     precision: str,
     patch_kind: str,
+    tiles: Grid,
 ) -> tuple[Encoder, str]:
     """Load the model for a new index; one that is rebuilt keeps its model unless told otherwise."""
     from ..core.errors import BadIndex
@@ -365,7 +396,7 @@ def _new_encoder(
         model, pretrained, why = resolve_auto()
         why += "; choose another with --model, see `mmsearch models`"
     encoder = load_encoder(
-        model, pretrained, device=device, precision=precision, patch_kind=patch_kind
+        model, pretrained, device=device, precision=precision, patch_kind=patch_kind, tiles=tiles
     )
     return encoder, why
 
@@ -386,7 +417,12 @@ def _loader(
         if model is None:
             return encoder_for(spec, device, precision)
         return load_encoder(
-            model, pretrained, device=device, precision=precision, patch_kind=spec.patch_kind
+            model,
+            pretrained,
+            device=device,
+            precision=precision,
+            patch_kind=spec.patch_kind,
+            tiles=spec.tiles,
         )
 
     return load

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -13,6 +13,9 @@ from rich.table import Table
 from .opening import index_dir
 from .options import IndexOption
 from .output import print_line, stdout
+
+if TYPE_CHECKING:
+    from ..core.types import Grid
 
 EXAMPLES = """
 Examples:
@@ -52,6 +55,7 @@ def status(
             "model": manifest.encoder.model,
             "pretrained": manifest.encoder.pretrained,
             "grid": list(manifest.grid),
+            "tiles": list(manifest.encoder.tiles),
             "patch_codes": manifest.patch_codes,
             "patch_pool": manifest.patch_pool,
             "milvus": manifest.milvus_uri,
@@ -74,7 +78,7 @@ def status(
         "failed": f"{stats.failed:,}" + (" (list them with --failed)" if stats.failed else ""),
         "model": manifest.encoder.display_name,
         "features": f"{manifest.encoder.embed_dim}-d; patches {manifest.grid.height} x "
-        f"{manifest.grid.width} x {manifest.encoder.patch_dim}, "
+        f"{manifest.grid.width} x {manifest.encoder.patch_dim}{_tiling(manifest.encoder.tiles)}, "
         f"{manifest.patch_codes}{_pooling(manifest.patch_pool)}",
         "vectors": f"{milvus}, {manifest.index_type}",
         "on disk": _size(stats.index_bytes),
@@ -84,6 +88,10 @@ def status(
     for name, value in rows.items():
         table.add_row(f"[dim]{name}[/]", escape(value))
     stdout.print(table, soft_wrap=True)
+
+
+def _tiling(tiles: Grid) -> str:
+    return "" if tiles.size == 1 else f" from {tiles} tiles"
 
 
 def _pooling(pool: str) -> str:

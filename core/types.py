@@ -20,10 +20,21 @@ class Grid(NamedTuple):
     height: int
     width: int
 
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}"
+
     @property
     def size(self) -> int:
         """The number of patches, P."""
         return self.height * self.width
+
+    def refine(self, cells: Grid) -> Grid:
+        """Return the grid that has ``cells`` in place of each cell of this one."""
+        return Grid(self.height * cells.height, self.width * cells.width)
+
+    def divides(self, finer: Grid) -> bool:
+        """Whether each cell of this grid holds whole cells of ``finer``, equally many."""
+        return finer.height % self.height == 0 and finer.width % self.width == 0
 
 
 @dataclass(frozen=True, slots=True)

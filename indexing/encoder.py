@@ -25,6 +25,9 @@ from ..core.errors import ModelError
 from ..core.types import Grid, ImageFeatures, TextFeatures
 from . import models
 
+UNTILED = Grid(1, 1)
+TILES = {"1x1": UNTILED, "2x2": Grid(2, 2), "3x3": Grid(3, 3)}  # what to offer, by name
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -44,12 +47,13 @@ class EncoderSpec:
     embed_dim: int  # D
     patch_dim: int  # C of the patches
     text_dim: int  # C of the text tokens
-    grid: Grid
-    input_size: tuple[int, int]  # height, width in pixels
+    grid: Grid  # of the patches of a picture, all tiles together
+    input_size: tuple[int, int]  # height, width in pixels, all tiles together
     mean: tuple[float, float, float]  # of RGB in [0, 1]
     std: tuple[float, float, float]
     interpolation: str  # "bicubic" | "bilinear"
     resize_mode: str  # "shortest" | "longest" | "squash"
+    tiles: Grid = UNTILED  # parts of the view that are encoded one by one, see ``tiled``
 
     @property
     def input_spec(self) -> InputSpec:
@@ -65,7 +69,8 @@ class EncoderSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready form."""
-        return dataclasses.asdict(self) | {"grid": list(self.grid)}
+        grids = {"grid": list(self.grid), "tiles": list(self.tiles)}
+        return dataclasses.asdict(self) | grids
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> EncoderSpec:
@@ -74,8 +79,10 @@ class EncoderSpec:
         Raises:
             KeyError, TypeError: a field is missing or of the wrong kind.
         """
+        fields = {"tiles": (1, 1)} | fields  # early indexes do not say
         known = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
-        known["grid"] = Grid(*known["grid"])
+        for name in ("grid", "tiles"):
+            known[name] = Grid(*known[name])
         for name in ("input_size", "mean", "std"):
             known[name] = tuple(known[name])
         return cls(**known)
@@ -126,12 +133,13 @@ class Encoder:
     def __init__(
         self, spec: EncoderSpec, model: nn.Module, text: TextEncoder, device: torch.device
     ) -> None:
-        from .image_tower import image_tower
+        from .image_tower import image_tower, tiled
 
         self.spec = spec
         self.device = device
         self._visual: Any = model.visual
-        self._tower = image_tower(self._visual, spec.patch_kind)
+        tower = image_tower(self._visual, spec.patch_kind)
+        self._tower = tiled(tower, spec.tiles, spec.interpolation)
         self._text = text
         self.dtype: torch.dtype = next(self._visual.parameters()).dtype
         import torch
@@ -175,6 +183,7 @@ def load_encoder(
     device: str | None = None,
     precision: str = "auto",
     patch_kind: str = "aligned",
+    tiles: Grid = UNTILED,
 ) -> Encoder:
     """Load any open_clip model with all its weights.
 
@@ -184,6 +193,7 @@ def load_encoder(
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         precision: "auto", "fp32", "bf16" or "fp16", for the image tower.
         patch_kind: "aligned" or "penultimate", see ``image_tower``.
+        tiles: finer patches from a view so many times larger in height and width, see ``tiled``.
 
     Raises:
         ModelError: unknown name or tag (the nearest valid ones are listed), weights that cannot
@@ -203,17 +213,19 @@ def load_encoder(
     visual.to(device=where, dtype=dtype, memory_format=torch.channels_last)
     size = preprocess["size"]
     height, width = (size, size) if isinstance(size, int) else size
+    shapes = _probe(visual, text, patch_kind, where, dtype, (height, width))
     spec = EncoderSpec(
         model=name,
         pretrained=pretrained,
         weights_hash=models.hash_weights(weights),
         patch_kind=patch_kind,
-        **_probe(visual, text, patch_kind, where, dtype, (height, width)),
-        input_size=(height, width),
+        **shapes | {"grid": shapes["grid"].refine(tiles)},
+        input_size=(height * tiles.height, width * tiles.width),
         mean=tuple(preprocess["mean"]),
         std=tuple(preprocess["std"]),
         interpolation=preprocess["interpolation"],
         resize_mode=preprocess["resize_mode"],
+        tiles=tiles,
     )
     return Encoder(spec, net, text, where)
 
@@ -225,7 +237,12 @@ def encoder_for(spec: EncoderSpec, device: str | None = None, precision: str = "
         ModelError: it cannot be had any more, or its weights have changed since.
     """
     encoder = load_encoder(
-        spec.model, spec.pretrained, device=device, precision=precision, patch_kind=spec.patch_kind
+        spec.model,
+        spec.pretrained,
+        device=device,
+        precision=precision,
+        patch_kind=spec.patch_kind,
+        tiles=spec.tiles,
     )
     _refuse_other_weights(spec, encoder.spec.weights_hash)
     return encoder

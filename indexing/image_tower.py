@@ -6,6 +6,8 @@ Patch tokens of a CLIP ViT's last layer are not aligned with text: they were nev
 that end in an attention pool through that pool's value path (Zhou et al., "MaskCLIP", arXiv
 2112.01071), for convolutional timm towers by pooling each place as if it were the whole image.
 ``penultimate`` patches are the inputs of the last block, as they are.
+
+``tiled`` makes finer patches from a larger view, whatever the tower.
 """
 
 from __future__ import annotations
@@ -43,6 +45,38 @@ def image_tower(visual: nn.Module, patch_kind: str) -> ImageTower:
             f"Choose a model whose tower is one of {', '.join(towers)}.",
         )
     return towers[kind](visual, aligned=patch_kind == "aligned")
+
+
+def tiled(tower: ImageTower, tiles: Grid, interpolation: str = "bicubic") -> ImageTower:
+    """Take patches from the tiles of a larger view, pooled vectors from that view scaled down.
+
+    Args:
+        tower: takes images (N, 3, H, W) to patches on a grid of h x w.
+        tiles: t rows of s tiles.
+        interpolation: "bicubic" or "bilinear", how the view is scaled down; antialiased, as Pillow
+            does it, which keeps the pooled vector nearer to the untiled one than averaging would.
+
+    Returns:
+        A tower that takes images (N, 3, t*H, s*W) to patches on a grid of t*h x s*w, in t*s + 1
+        runs of ``tower`` over N images each.
+    """
+    if tiles == (1, 1):
+        return tower
+
+    def forward(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Grid]:
+        size = images.shape[2] // tiles.height, images.shape[3] // tiles.width  # H, W
+        view = images.float()  # (N, 3, t*H, s*W); not every device can scale less than float32
+        small = F.interpolate(view, size, mode=interpolation, antialias=True)  # (N, 3, H, W)
+        pooled, _, grid = tower(small.to(images.dtype))  # (N, D)
+        bands = []  # of (N, h, s*w, C)
+        for band in images.chunk(tiles.height, dim=2):  # (N, 3, H, s*W)
+            row = band.chunk(tiles.width, dim=3)  # (N, 3, H, W) each
+            maps = [tower(tile)[1].unflatten(1, tuple(grid)) for tile in row]  # (N, h, w, C) each
+            bands.append(torch.cat(maps, dim=2))
+        patches = torch.cat(bands, dim=1).flatten(1, 2)  # (N, t*h * s*w, C)
+        return pooled, patches, grid.refine(tiles)
+
+    return forward
 
 
 def _vit(visual, aligned: bool) -> ImageTower:

@@ -332,6 +332,11 @@ class ImageIndex:
     ) -> Tally:
         model = encoder() if callable(encoder) else encoder
         theirs, ours = model.spec, self.manifest.encoder
+        if theirs.tiles != ours.tiles:
+            raise BadIndex(
+                f"the index was made with {ours.tiles} tiles, not {theirs.tiles}",
+                "Load its encoder with encoder_for(index.manifest.encoder).",
+            )
         if (theirs.weights_hash, theirs.patch_kind) != (ours.weights_hash, ours.patch_kind):
             raise BadIndex(
                 f"the index was made with {ours.display_name}, not {theirs.display_name}",

@@ -119,8 +119,7 @@ def looks(head: Head, tokens: Tensor, mask: Tensor, patches: Tensor) -> Tensor:
         assert isinstance(head, SharedHead)
         states, image = head.streams(tokens, context)  # (G, N, T, W), (G, N, P, W)
         count = tokens.shape[1]
-        hidden = torch.nn.functional.pad(mask, (0, image.shape[2]), value=True)  # (G, T+P)
-        bias = hiding_bias(hidden, states)  # (G, 1, 1, 1, T+P)
+        bias = head.stream_bias(mask, image)  # (G, 1, 1, 1, T+P)
         stream = torch.cat([states, image], dim=2)  # (G, N, T+P, W)
         for block in head.blocks:
             assert isinstance(block, StreamBlock)

@@ -9,8 +9,10 @@ Three kinds share one interface and differ in who attends to whom:
 
 from __future__ import annotations
 
+import copy
+import math
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +62,7 @@ class Head(nn.Module, ABC):
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.config = config
+        self.finer = 1  # patches now in the place of one that it was trained on, see ``for_grid``
         self.text_norm = nn.LayerNorm(config.text_dim)
         self.text_proj = nn.Linear(config.text_dim, config.width)
         self.rows = nn.Parameter(torch.randn(config.grid.height, config.patch_dim) * 0.1)
@@ -112,6 +115,33 @@ class Head(nn.Module, ABC):
     def place(self) -> Tensor:
         """Return the learned vector of every grid cell, (P, C)."""
         return (self.rows.unsqueeze(1) + self.columns.unsqueeze(0)).flatten(0, 1)  # (P, C)
+
+    def for_grid(self, grid: Grid) -> Head:
+        """Return this head for pictures with finer patches: all in a cell get that cell's place.
+
+        A picture whose finer patches are those of its coarser grid, repeated, scores as before.
+
+        Args:
+            grid: the head's own, or one with a whole number of cells in each of its cells.
+
+        Raises:
+            ModelError: the grids do not divide.
+        """
+        own = self.config.grid
+        if grid == own:
+            return self
+        if not own.divides(grid):
+            raise ModelError(
+                f"a head of {own} patches cannot judge pictures of {grid}",
+                f"The grid must be a multiple of {own}; or train a head for it: mmsearch train.",
+            )
+        down, across = grid.height // own.height, grid.width // own.width
+        finer = copy.deepcopy(self)
+        finer.config = replace(self.config, grid=grid)
+        finer.finer = self.finer * down * across
+        finer.rows = nn.Parameter(self.rows.detach().repeat_interleave(down, 0))  # (h, C)
+        finer.columns = nn.Parameter(self.columns.detach().repeat_interleave(across, 0))  # (w, C)
+        return finer
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Bring tokens to the head's width: (G, T, C_text) -> (G, 1, T, W)."""
@@ -303,12 +333,17 @@ class SharedHead(TwoStreamHead):
     def states(self, tokens: Tensor, mask: Tensor, context: Context) -> Tensor:
         """Return the text states after the last block, (G, N, T, W)."""
         text, image = self.streams(tokens, context)  # (G, N, T, W), (G, N, P, W)
-        seen = nn.functional.pad(mask, (0, image.shape[2]), value=True)  # (G, T+P)
-        bias = hiding_bias(seen, text)  # (G, 1, 1, 1, T+P)
+        bias = self.stream_bias(mask, image)  # (G, 1, 1, 1, T+P)
         stream = torch.cat([text, image], dim=2)  # (G, N, T+P, W)
         for block in self.blocks:
             stream = block(stream, stream, bias)  # (G, N, T+P, W)
         return stream[:, :, : tokens.shape[1]]  # (G, N, T, W)
+
+    def stream_bias(self, mask: Tensor, image: Tensor) -> Tensor:
+        """Hide padding (G, T), and let finer patches (G, N, P, W) together weigh as one did."""
+        share = image.new_full((len(mask), image.shape[2]), -math.log(self.finer))  # (G, P)
+        text = hiding_bias(mask, image)  # (G, 1, 1, 1, T)
+        return torch.cat([text, share[:, None, None, None]], dim=-1)  # (G, 1, 1, 1, T+P)
 
 
 def hiding_bias(mask: Tensor, like: Tensor) -> Tensor:

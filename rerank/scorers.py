@@ -220,7 +220,8 @@ def load_scorer(
         folder: where the index keeps its heads, ``<index>/heads``; looked into first.
 
     Raises:
-        ModelError: the head was trained on another encoder.
+        ModelError: the head was trained on another encoder, or on a grid that does not divide
+            the encoder's.
         UsageError: no scorer of that name, or none that reads patches in the way named.
     """
     from . import itm, late  # noqa: F401  both register themselves
@@ -232,6 +233,7 @@ def load_scorer(
     name, rule = _split_rule(name)
     path = _find_head(name, place)
     head, card, bank = load_head(path)
+    head = head.for_grid(encoder.grid)
     if rule:
         card = replace(card, name=f"{card.name}:{rule}")
         _read_part(head, rule, name)
@@ -309,6 +311,11 @@ def _folders_of(name: str, folder: Path | None) -> list[Path]:
 
 
 def _fits(path: Path, encoder: EncoderSpec) -> bool:
+    return _same_patches(path, encoder) and read_card(path)[0].grid.divides(encoder.grid)
+
+
+def _same_patches(path: Path, encoder: EncoderSpec) -> bool:
+    """Whether a head was trained on patches of this encoder, whatever their grid."""
     _, card = read_card(path)
     same = card.encoder_weights_hash == encoder.weights_hash
     return same and card.patch_kind == encoder.patch_kind
@@ -328,6 +335,9 @@ def _find_head(name: str, place: Place) -> Path:
     for path in found:
         if _fits(path, place.encoder):
             return path
+    for path in found:
+        if _same_patches(path, place.encoder):
+            return path  # its grid does not fit, which ``Head.for_grid`` says best
     raise ModelError(
         f"scorer {name!r} was trained on another encoder than this index's {place.encoder.model}",
         "Use --no-rerank, or train one: mmsearch train CAPTIONS --index DIR.",

@@ -30,9 +30,9 @@ from torch import nn
 
 GRID = Grid(2, 3)
 ENCODER = SimpleNamespace(
-    weights_hash="a" * 64, patch_kind="aligned", model="tiny", pretrained=None
+    weights_hash="a" * 64, patch_kind="aligned", grid=GRID, model="tiny", pretrained=None
 )
-OTHER = SimpleNamespace(weights_hash="b" * 64, patch_kind="aligned", model="tiny", pretrained=None)
+OTHER = SimpleNamespace(**{**vars(ENCODER), "weights_hash": "b" * 64})
 
 
 def make_head(kind="cross"):
