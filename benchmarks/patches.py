@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def ranks(scores: torch.Tensor, relevant: torch.Tensor) -> torch.Tensor:
-    """Place of the relevant picture (Q,), from 0, ties against it; huge where it is no candidate."""
+    """Place of the relevant picture (Q,) from 0, ties against it; huge if it is no candidate."""
     own = scores.masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)  # (Q, 1)
     ahead = ((scores >= own) & ~relevant).sum(1)  # (Q,)
     return ahead.masked_fill(~relevant.any(1), 10**6)

@@ -59,6 +59,15 @@ def train(
     group: Annotated[
         int, typer.Option("--group", min=2, help="Pictures judged together, near each other.")
     ] = 16,
+    pool: Annotated[
+        tuple[int, int],
+        typer.Option(
+            "--pool",
+            metavar="FIRST LAST",
+            help="Nearest pictures that a group is drawn from, in the first and last epoch: the "
+            "fewer, the harder the negatives.",
+        ),
+    ] = (96, 32),
     width: Annotated[int, typer.Option("--width", min=8, help="Width of the head.")] = 256,
     heads: Annotated[int, typer.Option("--heads", min=1, help="Attention heads.")] = 4,
     depth: Annotated[int, typer.Option("--depth", min=1, help="Blocks.")] = 2,
@@ -134,6 +143,8 @@ def train(
         depth=depth,
         epochs=epochs,
         group=group,
+        pool=pool[0],
+        pool_end=pool[1],
         learning_rate=learning_rate,
         match_weight=match_weight,
         text_negatives=text_negatives,
