@@ -396,6 +396,7 @@ def _describe(index: ImageIndex) -> Document:
         "images": len(index),
         "encoder": index.manifest.encoder.to_dict(),
         "patch_codes": index.manifest.patch_codes,
+        "patch_pool": index.manifest.patch_pool,
     }
 
 

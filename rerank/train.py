@@ -1,6 +1,6 @@
 """Train a head on captioned pictures of an index.
 
-A step takes one group of K pictures that the coarse stage confuses, one caption each, and judges
+A step takes one group of K pictures that look alike to the coarse stage, one caption each, and judges
 all K x K pairs. The right caption must win among the group's captions and the right picture among
 its pictures (listwise loss, both directions), the match logit must tell pairs from non-pairs, and
 each picture must prefer its caption to one broken by a rule.
@@ -262,7 +262,10 @@ class _Run:
         anchors = rng.sample(range(len(train)), -(-len(train) // size))
         for chunk in (anchors[at : at + 256] for at in range(0, len(anchors), 256)):
             words = data.captions.pooled[[said[at] for at in chunk]]  # (B, D)
-            near = (words @ pooled.T).topk(pool + 1, dim=1).indices.tolist()  # (B, pool + 1)
+            # Near the caption, as at query time, and near its picture: where the coarse stage is
+            # weak, only the latter finds the look-alikes.
+            both = words + pooled[chunk]  # (B, D)
+            near = (both @ pooled.T).topk(pool + 1, dim=1).indices.tolist()  # (B, pool + 1)
             for anchor, row in zip(chunk, near, strict=True):
                 others = [at for at in row if at != anchor][:pool]
                 yield [said[at] for at in [anchor, *rng.sample(others, size - 1)]]
