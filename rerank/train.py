@@ -1,8 +1,8 @@
 """Train a head on captioned pictures of an index.
 
-A step takes one group of K pictures that look alike to the coarse stage, one caption each, and judges
-all K x K pairs. The right caption must win among the group's captions and the right picture among
-its pictures (listwise loss, both directions), the match logit must tell pairs from non-pairs, and
+A step takes one group of K pictures that look alike to the coarse stage, one caption each, and
+judges all K x K pairs. The right caption must win among the captions and the right picture among
+the pictures (listwise loss, both directions), the match logit must tell pairs from non-pairs, and
 each picture must prefer its caption to one broken by a rule.
 
 Groups are drawn anew each epoch around the captions of that epoch, from a pool of neighbours that
