@@ -24,6 +24,7 @@ import torch
 from mmsearch.indexing.encoder import load_encoder
 from mmsearch.indexing.images import decode
 from mmsearch.indexing.shards import LocalStorage, RowFormat, Shards, quantise, stored_form
+from mmsearch.rerank.fitting import hits
 from mmsearch.rerank.scorers import load_scorer
 
 ROWS, CANDIDATES, ROUNDS = 7000, 100, 9
@@ -63,8 +64,7 @@ def main() -> None:
         row = RowFormat(spec.embed_dim, spec.patch_dim, spec.grid, codes, pool)
         batch = replace(stored_form(patches, row), pooled=pooled)
         scores = scorer.score(text, batch, found, coarse).rank  # (Q, n)
-        rank = ranks(scores, found == truth.unsqueeze(1))  # (Q,)
-        recall = [100 * float((rank < k).float().mean()) for k in (1, 5, 10)]
+        recall = 100 * hits(scores, found == truth.unsqueeze(1)).mean(axis=0)  # (3,)
         cold, warm = read_times(row, pooled, patches)
         print(
             f"| {codes} | {pool} | {row.patches.itemsize:,} | "
@@ -72,13 +72,6 @@ def main() -> None:
             + f" | {cold:.1f} | {warm:.1f} |",
             flush=True,
         )
-
-
-def ranks(scores: torch.Tensor, relevant: torch.Tensor) -> torch.Tensor:
-    """Place of the relevant picture (Q,) from 0, ties against it; huge if it is no candidate."""
-    own = scores.masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)  # (Q, 1)
-    ahead = ((scores >= own) & ~relevant).sum(1)  # (Q,)
-    return ahead.masked_fill(~relevant.any(1), 10**6)
 
 
 def read_times(row: RowFormat, pooled: torch.Tensor, patches: torch.Tensor) -> tuple[float, float]:

@@ -60,7 +60,8 @@ def fit_fusion(judged: Judged) -> Fit:
     the pictures are halved and each half is ranked with the weights that suit the other.
     """
     grid = list(itertools.product(POPULARITY_WEIGHTS, WEIGHTS))  # the first is the cosine alone
-    tables = np.stack([_hits(judged, fuse(judged, *weights)) for weights in grid])  # (W, Q, 3)
+    relevant = judged.relevant  # (Q, N)
+    tables = np.stack([hits(fuse(judged, *pair), relevant) for pair in grid])  # (W, Q, 3)
     alone = tables[:: len(WEIGHTS)]  # (W', Q, 3), rank weight 0
     half = judged.picture % 2 == 0  # (Q,)
     popularity_weight, weight = grid[_best(tables)]
@@ -70,11 +71,11 @@ def fit_fusion(judged: Judged) -> Fit:
 
 def _cross_fitted(tables: np.ndarray, half: np.ndarray) -> np.ndarray:
     """Take each half's hits from the table (W, Q, 3) that is best on the other half: (Q, 3)."""
-    hits = tables[0].copy()  # (Q, 3)
+    found = tables[0].copy()  # (Q, 3)
     for here in (half, ~half):
         if here.any() and not here.all():
-            hits[here] = tables[_best(tables[:, ~here])][here]
-    return hits
+            found[here] = tables[_best(tables[:, ~here])][here]
+    return found
 
 
 def _best(tables: np.ndarray) -> int:
@@ -82,11 +83,19 @@ def _best(tables: np.ndarray) -> int:
     return int(value.argmax())
 
 
-def _hits(judged: Judged, fused: Tensor) -> np.ndarray:
-    """Whether a relevant picture is among the first 1, 5, 10; ties count against us. (Q, 3)."""
-    mine = fused.masked_fill(~judged.relevant, -torch.inf).amax(dim=1, keepdim=True)  # (Q, 1)
-    ahead = ((fused >= mine) & ~judged.relevant).sum(dim=1)  # (Q,)
-    ahead = ahead.masked_fill(~judged.relevant.any(dim=1), 10**6)  # (Q,)
+def hits(fused: Tensor, relevant: Tensor) -> np.ndarray:
+    """Whether a relevant picture is among the first 1, 5, 10; ties count against us.
+
+    Args:
+        fused: (Q, N) scores.
+        relevant: (Q, N) bool; a query without any misses.
+
+    Returns:
+        (Q, 3) bool.
+    """
+    mine = fused.masked_fill(~relevant, -torch.inf).amax(dim=1, keepdim=True)  # (Q, 1)
+    ahead = ((fused >= mine) & ~relevant).sum(dim=1)  # (Q,)
+    ahead = ahead.masked_fill(~relevant.any(dim=1), 10**6)  # (Q,)
     return torch.stack([ahead < k for k in (1, 5, 10)], dim=1).numpy()
 
 

@@ -31,13 +31,12 @@ class Querybank:
     """Captions to measure pictures by.
 
     Args:
-        pooled: (B, D) text vectors of any length; kept as int8 codes.
+        pooled: (B, D) text vectors of any length, or the codes of a bank; kept as int8 codes.
     """
 
     def __init__(self, pooled: Tensor) -> None:
         largest = pooled.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-12)  # (B, 1)
-        codes = pooled if pooled.dtype == torch.int8 else pooled.float() / largest * 127  # (B, D)
-        self.codes = codes.round().to(torch.int8).cpu()  # (B, D)
+        self.codes = (pooled.float() / largest * 127).round().to(torch.int8).cpu()  # (B, D)
         self._unit = functional.normalize(self.codes.float(), dim=1)  # (B, D)
 
     def popularity(self, pooled: Tensor, scale: float) -> Tensor:

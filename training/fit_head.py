@@ -19,11 +19,10 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from mmsearch.indexing.encoder import load_text_encoder
 from mmsearch.rerank.checkpoint import Fusion, HeadCard, save_head
-from mmsearch.rerank.fitting import Fit, Judged, calibrate, fit_fusion, paired_p, spread_scale
+from mmsearch.rerank.fitting import Fit, Judged, calibrate, fit_fusion, hits, paired_p, spread_scale
 from mmsearch.rerank.heads import HeadConfig, build_head
 from mmsearch.rerank.querybank import Querybank
 from mmsearch.rerank.scorers import HeadScorer
@@ -48,8 +47,8 @@ def figures_of(fit: Fit, alone: Fit, judged: Judged) -> dict[str, float]:
     orders = {"coarse": fit.coarse_hits, "bank": fit.bank_hits, "head": alone.hits, "": fit.hits}
     out: dict[str, float] = {}
     for column, k in enumerate((1, 5, 10)):
-        for name, hits in orders.items():
-            out[f"r{k}_{name}".rstrip("_")] = round(100 * float(hits[:, column].mean()), 2)
+        for name, found in orders.items():
+            out[f"r{k}_{name}".rstrip("_")] = round(100 * float(found[:, column].mean()), 2)
         p = paired_p(fit.hits[:, column], fit.coarse_hits[:, column], judged.picture, 0)
         out[f"p_r{k}"] = round(p, 5)
     return out | {"p": out["p_r1"], "candidates": float(judged.coarse.shape[1])}
@@ -88,9 +87,8 @@ def main() -> None:
     fused = fit.fused(judged)  # (Q, N)
     offset = float((fused - scale * cosine).mean())
     fusion = Fusion(scale, fit.weight, fit.popularity_weight, offset)
-    shipped = (fused >= fused.masked_fill(~relevant, -np.inf).amax(1, keepdim=True)) & ~relevant
-    first = (shipped.sum(1) == 0) & relevant.any(1)  # (Q,)
-    print(f"recall at 1 with the weights as shipped: {100 * first.float().mean():.2f}")
+    shipped = 100 * hits(fused, relevant)[:, 0].mean()
+    print(f"recall at 1 with the weights as shipped: {shipped:.2f}")
     card = replace(card, fusion=fusion, calibration=calibrate(judged, fused), figures=figures)
     save_head(args.out, head.half(), card, bank)
     print(card)
