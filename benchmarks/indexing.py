@@ -228,7 +228,7 @@ def memory(arguments: argparse.Namespace) -> dict:
 
 def watched(folder: Path, checkpoint: Path, index_folder: Path) -> None:
     """In a process of its own: index a folder twice and tell memory and time."""
-    encoder = load_encoder("ViT-B-32", str(checkpoint))
+    encoder = load_encoder("ViT-B-32", str(checkpoint)).drop_text()  # as the command does
     print(f"{resident():7.0f} MB with the model loaded")
     done, samples = 0, []
     peak = [0.0]

@@ -68,6 +68,7 @@ class TorchHead(nn.Module):
         values = self.head.context(tokens, mask, codes).values()[0]  # (N, P, C)
         states = self.head.embed(tokens)[0].expand(len(values), -1, -1)  # (N, T, W)
         for block, attention in zip(self.head.blocks, self.attentions, strict=True):
+            states = block.mix(states, mask)
             query = block.attention_norm(states)
             states = states + attention(query, values, values, need_weights=False)[0]
             states = states + block.ffn(block.ffn_norm(states))

@@ -398,7 +398,7 @@ def _new_encoder(
     encoder = load_encoder(
         model, pretrained, device=device, precision=precision, patch_kind=patch_kind, tiles=tiles
     )
-    return encoder, why
+    return encoder.drop_text(), why
 
 
 def _already(encoder: Encoder):
@@ -415,7 +415,7 @@ def _loader(
 
         spec = opened.manifest.encoder
         if model is None:
-            return encoder_for(spec, device, precision)
+            return encoder_for(spec, device, precision).drop_text()
         return load_encoder(
             model,
             pretrained,
@@ -423,7 +423,7 @@ def _loader(
             precision=precision,
             patch_kind=spec.patch_kind,
             tiles=spec.tiles,
-        )
+        ).drop_text()
 
     return load
 

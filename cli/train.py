@@ -71,6 +71,13 @@ def train(
     width: Annotated[int, typer.Option("--width", min=8, help="Width of the head.")] = 256,
     heads: Annotated[int, typer.Option("--heads", min=1, help="Attention heads.")] = 4,
     depth: Annotated[int, typer.Option("--depth", min=1, help="Blocks.")] = 2,
+    self_attention: Annotated[
+        bool,
+        typer.Option(
+            "--self-attention/--no-self-attention",
+            help="Let the words of a cross head look at each other in each block.",
+        ),
+    ] = True,
     learning_rate: Annotated[float, typer.Option("--learning-rate", min=0)] = 5e-4,
     match_weight: Annotated[
         float, typer.Option("--match-weight", min=0, help="Weight of the match loss.")
@@ -141,6 +148,7 @@ def train(
         width=width,
         heads=heads,
         depth=depth,
+        self_attention=self_attention,
         epochs=epochs,
         group=group,
         pool=pool[0],

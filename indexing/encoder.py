@@ -140,7 +140,7 @@ class Encoder:
         self._visual: Any = model.visual
         tower = image_tower(self._visual, spec.patch_kind)
         self._tower = tiled(tower, spec.tiles, spec.interpolation)
-        self._text = text
+        self._text: TextEncoder | None = text
         self.dtype: torch.dtype = next(self._visual.parameters()).dtype
         import torch
 
@@ -173,7 +173,23 @@ class Encoder:
 
     def encode_texts(self, texts: Sequence[str]) -> TextFeatures:
         """Encode texts; see TextEncoder.encode_texts."""
-        return self._text.encode_texts(texts)
+        return self.text.encode_texts(texts)
+
+    @property
+    def text(self) -> TextEncoder:
+        """The text half.
+
+        Raises:
+            ValueError: it was dropped.
+        """
+        if self._text is None:
+            raise ValueError("this encoder has no text half any more")
+        return self._text
+
+    def drop_text(self) -> Encoder:
+        """Free the text half's memory, where nothing but pictures is left to encode."""
+        self._text = None
+        return self
 
 
 def load_encoder(
@@ -261,7 +277,7 @@ def load_text_encoder(spec: EncoderSpec, device: str | None = None) -> TextEncod
         if fast := _bert_text_encoder(folder, choose_device(device)):
             return fast
     encoder = encoder_for(spec, device)
-    return encoder._text
+    return encoder.text
 
 
 def _refuse_other_weights(spec: EncoderSpec, found: str) -> None:

@@ -22,6 +22,8 @@ from .catalog import Entry, id_of_path
 from .filters import NO_PLACE, NOT_TAKEN, Condition, milvus_text
 
 MAX_LIMIT = 16384  # of Milvus: results per query, and rows per page
+# Milvus Lite flushes by way of Python objects, about 25 KB a row of 512 dimensions at the peak.
+LITE_FLUSH_ROWS = 4096
 UPSERT_ROWS = 1000  # keeps a message far below gRPC's 64 MiB at any width
 PARTITIONS = 16  # of a collection that is kept by folder
 _TEXT_BYTES = 8192
@@ -72,6 +74,7 @@ class VectorStore:
         self._client: Any = None
         self._found = False  # the collection, in this connection
         self._loaded = False
+        self._unflushed = 0  # rows
 
     @property
     def is_lite(self) -> bool:
@@ -139,6 +142,10 @@ class VectorStore:
                 for start in range(0, len(some), UPSERT_ROWS):
                     part = some[start : start + UPSERT_ROWS]
                     client.upsert(self.collection, part, partition_name=name)
+            self._unflushed += len(rows)
+            if self.is_lite and self._unflushed >= LITE_FLUSH_ROWS:
+                client.flush(self.collection)
+                self._unflushed = 0
 
     def delete(self, ids: Sequence[int]) -> None:
         """Remove images; unknown ids are no error."""

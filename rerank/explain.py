@@ -105,8 +105,8 @@ def looks(head: Head, tokens: Tensor, mask: Tensor, patches: Tensor) -> Tensor:
         states = head.embed(tokens)  # (G, 1, T, W)
         for block in head.blocks:
             assert isinstance(block, CrossBlock)
-            seen.append(block.attention.weights(block.attention_norm(states), context))
-            states = block(states, context)  # (G, N, T, W)
+            seen.append(block.looks(states, mask, context))
+            states = block(states, mask, context)  # (G, N, T, W)
     elif isinstance(head, CoHead):
         states, image = head.streams(tokens, context)  # (G, N, T, W), (G, N, P, W)
         bias = hiding_bias(mask, states)  # (G, 1, 1, 1, T)

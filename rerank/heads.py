@@ -37,6 +37,7 @@ class HeadConfig:
     depth: int = 2
     ffn_ratio: int = 2
     dropout: float = 0.0  # while training, on what each block adds
+    self_attention: bool = False  # "cross": tokens attend to each other in each block, too
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -184,59 +185,6 @@ class GatedFeedForward(nn.Module):
         return self.out(value * nn.functional.gelu(gate))  # (..., W)
 
 
-class CrossBlock(nn.Module):
-    """Pre-norm cross-attention to the patches, then a feed-forward network over the text states."""
-
-    def __init__(self, config: HeadConfig) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(config.width)
-        self.attention = CrossAttention(config.width, config.patch_dim, config.heads)
-        self.ffn_norm = nn.LayerNorm(config.width)
-        self.ffn = GatedFeedForward(config.width, config.ffn_ratio)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, states: Tensor, context: Context) -> Tensor:
-        """(G, n, T, W) -> (G, N, T, W)."""
-        seen = self.attention(self.attention_norm(states), context)  # (G, N, T, W)
-        states = states + self.dropout(seen)  # (G, N, T, W)
-        return states + self.dropout(self.ffn(self.ffn_norm(states)))  # (G, N, T, W)
-
-
-class CrossHead(Head):
-    """Text attends to the patches, which are never updated and so can be stored."""
-
-    def __init__(self, config: HeadConfig) -> None:
-        super().__init__(config)
-        self.blocks = nn.ModuleList(CrossBlock(config) for _ in range(config.depth))
-        self.selection: Selection | None = None  # attend to all patches
-
-    def context(self, tokens: Tensor, mask: Tensor, patches: Tensor) -> Context:
-        """Widen all patches, or those that the selection chooses with the first block."""
-        if self.selection is None:
-            return super().context(tokens, mask, patches)
-        first = self.blocks[0]
-        assert isinstance(first, CrossBlock)
-        states = first.attention_norm(self.embed(tokens))  # (G, 1, T, W)
-        return self.selection.choose(
-            first.attention, states, mask, patches, self.place(), self.config.grid
-        )
-
-    def states(self, tokens: Tensor, mask: Tensor, context: Context) -> Tensor:
-        """Return the text states after the last block, (G, N, T, W)."""
-        states = self.embed(tokens)  # (G, 1, T, W)
-        for block in self.blocks:
-            states = block(states, context)  # (G, N, T, W)
-        return states
-
-    def context_layers(self) -> list[nn.Linear]:
-        """Return the key and value projections."""
-        layers = []
-        for block in self.blocks:
-            assert isinstance(block, CrossBlock)
-            layers += [block.attention.k_proj, block.attention.v_proj]
-        return layers
-
-
 class StreamAttention(nn.Module):
     """Multi-head attention from one stream of width W to another of the same width."""
 
@@ -262,6 +210,80 @@ class StreamAttention(nn.Module):
     def _split(self, stream: Tensor) -> Tensor:
         """(G, N, S, W) -> (G, N, H, S, d)."""
         return stream.unflatten(3, (self.heads, -1)).transpose(2, 3)
+
+
+class CrossBlock(nn.Module):
+    """Pre-norm attention among the tokens (if asked for), to the patches, then feed-forward.
+
+    The order is ALBEF's (arXiv 2107.07651). Before the first look at a picture the states do not
+    depend on it, so the first block's self-attention is computed once a text.
+    """
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.self_norm = nn.LayerNorm(config.width) if config.self_attention else None
+        self.self_attention = (
+            StreamAttention(config.width, config.heads) if config.self_attention else None
+        )
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.attention = CrossAttention(config.width, config.patch_dim, config.heads)
+        self.ffn_norm = nn.LayerNorm(config.width)
+        self.ffn = GatedFeedForward(config.width, config.ffn_ratio)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, states: Tensor, mask: Tensor, context: Context) -> Tensor:
+        """(G, n, T, W) under a mask (G, T) -> (G, N, T, W)."""
+        states = self.mix(states, mask)  # (G, n, T, W)
+        seen = self.attention(self.attention_norm(states), context)  # (G, N, T, W)
+        states = states + self.dropout(seen)  # (G, N, T, W)
+        return states + self.dropout(self.ffn(self.ffn_norm(states)))  # (G, N, T, W)
+
+    def mix(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Let the tokens (G, n, T, W) look at each other under a mask (G, T); (G, n, T, W)."""
+        if self.self_attention is None or self.self_norm is None:
+            return states
+        normal = self.self_norm(states)  # (G, n, T, W)
+        mixed = self.self_attention(normal, normal, hiding_bias(mask, states))  # (G, n, T, W)
+        return states + self.dropout(mixed)  # (G, n, T, W)
+
+    def looks(self, states: Tensor, mask: Tensor, context: Context) -> Tensor:
+        """Return where this block's attention looks, (G, N, H, T, P)."""
+        return self.attention.weights(self.attention_norm(self.mix(states, mask)), context)
+
+
+class CrossHead(Head):
+    """Text attends to the patches, which are never updated and so can be stored."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__(config)
+        self.blocks = nn.ModuleList(CrossBlock(config) for _ in range(config.depth))
+        self.selection: Selection | None = None  # attend to all patches
+
+    def context(self, tokens: Tensor, mask: Tensor, patches: Tensor) -> Context:
+        """Widen all patches, or those that the selection chooses with the first block."""
+        if self.selection is None:
+            return super().context(tokens, mask, patches)
+        first = self.blocks[0]
+        assert isinstance(first, CrossBlock)
+        states = first.attention_norm(first.mix(self.embed(tokens), mask))  # (G, 1, T, W)
+        return self.selection.choose(
+            first.attention, states, mask, patches, self.place(), self.config.grid
+        )
+
+    def states(self, tokens: Tensor, mask: Tensor, context: Context) -> Tensor:
+        """Return the text states after the last block, (G, N, T, W)."""
+        states = self.embed(tokens)  # (G, 1, T, W)
+        for block in self.blocks:
+            states = block(states, mask, context)  # (G, N, T, W)
+        return states
+
+    def context_layers(self) -> list[nn.Linear]:
+        """Return the key and value projections."""
+        layers = []
+        for block in self.blocks:
+            assert isinstance(block, CrossBlock)
+            layers += [block.attention.k_proj, block.attention.v_proj]
+        return layers
 
 
 class StreamBlock(nn.Module):

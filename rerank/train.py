@@ -49,6 +49,7 @@ class TrainOptions:
     heads: int = 4
     depth: int = 2
     dropout: float = 0.1
+    self_attention: bool = True  # kind "cross": tokens attend to each other
     epochs: int = 12
     group: int = 16  # K, pictures judged together
     pool: int = 96  # nearest pictures a group is drawn from, at first
@@ -176,6 +177,7 @@ class _Run:
             options.heads,
             options.depth,
             dropout=options.dropout,
+            self_attention=options.self_attention and options.kind == "cross",
         )
         torch.manual_seed(options.seed)
         self.head = build_head(self.config)

@@ -90,6 +90,16 @@ def test_text_padding_is_trimmed_and_masked(tiny_model_dir):
     assert text.words[0][1].startswith("car")
 
 
+def test_without_its_text_half_an_encoder_still_encodes_pictures(tiny_model_dir):
+    encoder = load_encoder(f"local-dir:{tiny_model_dir}", device="cpu")
+    pixels = random_pixels(encoder.spec.input_size)
+    before = encoder.encode_images(pixels).pooled
+    assert encoder.drop_text() is encoder
+    assert torch.equal(encoder.encode_images(pixels).pooled, before)
+    with pytest.raises(ValueError, match="no text half"):
+        encoder.encode_texts(["car"])
+
+
 def test_a_checkpoint_with_tensors_missing_is_refused_by_name(tiny_model_dir, tmp_path):
     weights = load_file(tiny_model_dir / "open_clip_model.safetensors")
     del weights["visual.proj"]

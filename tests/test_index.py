@@ -122,6 +122,16 @@ def test_what_goes_in_is_found(index, photos):
     assert (error <= batch.scales[1].float().unsqueeze(-1) * 0.51).all()
 
 
+def test_milvus_lite_is_flushed_now_and_then(index, photos, monkeypatch):
+    """So that its memory stays bounded; what is found does not depend on where it was."""
+    monkeypatch.setattr("mmsearch.indexing.vectors.LITE_FLUSH_ROWS", 4)
+    index.add([photos], StandIn(), batch_size=3)
+    ids, pooled = index.pooled()
+    found = index.search(pooled, 5)
+    exact = np.argsort(-(pooled @ pooled.T), axis=1)[:, :5]
+    assert (found.ids == ids[exact]).all()
+
+
 def test_a_second_run_decodes_nothing(index, photos, monkeypatch):
     index.add([photos], StandIn())
     monkeypatch.setattr("mmsearch.indexing.pipeline.read_picture", None)

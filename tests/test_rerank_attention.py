@@ -102,10 +102,13 @@ def test_chosen_cells_equal_hiding_the_rest():
         torch.testing.assert_close(form(states, few), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.fixture(params=sorted(HEADS))
+@pytest.fixture(params=[*sorted(HEADS), "cross with self-attention"])
 def head(request):
     torch.manual_seed(0)
-    config = HeadConfig(request.param, text_dim=12, patch_dim=10, grid=Grid(2, 3), width=16)
+    kind, _, mixing = request.param.partition(" ")
+    config = HeadConfig(
+        kind, text_dim=12, patch_dim=10, grid=Grid(2, 3), width=16, self_attention=bool(mixing)
+    )
     head = build_head(config).eval()
     nn.init.normal_(head.rank.weight)
     return head

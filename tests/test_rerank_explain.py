@@ -26,12 +26,14 @@ from typer.testing import CliRunner
 GRID = Grid(3, 4)
 
 
-@pytest.fixture(params=sorted(HEADS))
+@pytest.fixture(params=[*sorted(HEADS), "cross with self-attention"])
 def scorer(request):
     torch.manual_seed(0)
-    head = build_head(HeadConfig(request.param, 12, 10, GRID, width=16)).eval()
+    kind, _, mixing = request.param.partition(" ")
+    config = HeadConfig(kind, 12, 10, GRID, width=16, self_attention=bool(mixing))
+    head = build_head(config).eval()
     nn.init.normal_(head.rank.weight)
-    card = HeadCard(request.param, "", "", Fusion(5.0, 0.7))
+    card = HeadCard(kind, "", "", Fusion(5.0, 0.7))
     return HeadScorer(head, card, torch.device("cpu"))
 
 

@@ -18,7 +18,8 @@ from torch import nn
 
 def make_head(grid):
     torch.manual_seed(0)
-    head = CrossHead(HeadConfig("cross", 12, 10, grid, width=16)).eval()
+    config = HeadConfig("cross", 12, 10, grid, width=16, self_attention=True)
+    head = CrossHead(config).eval()
     nn.init.normal_(head.rank.weight)
     return head
 

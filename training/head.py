@@ -2,9 +2,14 @@
 
 Each step takes groups of look-alike pictures; within a group every caption meets every picture,
 and the head must find the right one in both directions (listwise), as well as say match or not
-(ALBEF's ITC/ITM pair of objectives, arXiv 2107.07651). The coarse score takes no part in the
-loss: on pictures the encoder has learned by heart it is far better than on new ones, and a head
-trained beside it learns nothing. How much it counts is fitted on val afterwards (fit_head.py).
+(ALBEF's ITC/ITM pair of objectives, arXiv 2107.07651).
+
+On pictures the encoder has learned by heart, its features and its cosine are far better than on
+new ones, and a head trained beside that cosine learns nothing. So features can be cross-fitted
+(``--halves``): each half of the photographs is seen through an encoder that was trained without it
+(train.py --without), brought into the shipped encoder's space by a linear map, and the cosine takes
+part in the loss. Without ``--halves`` it does not. How much it counts is fitted on val afterwards
+(fit_head.py).
 
 The head starts aligned: queries, keys and values all begin as the encoder's own projections, so
 that its first rank term is already a token-to-patch similarity.
@@ -26,7 +31,7 @@ from mmsearch.rerank.heads import CrossHead, HeadConfig
 from texts import encode_states
 from torch import nn
 from torch.nn import functional as F
-from train import Data, Dual, Ema
+from train import Data, Dual, Ema, half_of
 
 GROUP = 16
 
@@ -45,6 +50,29 @@ class Features:
             self.val_patches = self._patches(model, data, 0, self.val)  # (M, 49, 320)
             self.states, self.pooled = self._texts(model, data, self.train)
             self.val_states, self.val_pooled = self._texts(model, data, self.val)
+
+    @torch.inference_mode()
+    def cross_fit(self, halves: list[Dual], data: Data) -> None:
+        """See each half of the training pictures through the encoder trained without it."""
+        for half, other in enumerate(halves):
+            spared = [n for n, picture in enumerate(self.train) if half_of(picture) == half]
+            common = [n for n, picture in enumerate(self.train) if half_of(picture) != half][:1000]
+            other.eval()
+            with torch.autocast("cpu", torch.bfloat16):
+                theirs = self._patches(other, data, 0, [self.train[n] for n in common])
+                states, _ = self._texts(other, data, [self.train[n] for n in common])
+                to_patch = linear_map(theirs.flatten(0, 1), self.patches[0, common].flatten(0, 1))
+                to_state = linear_map(
+                    torch.cat([s for per in states for s in per]),
+                    torch.cat([s for n in common for s in self.states[n]]),
+                )  # (384, 384)
+                pictures = [self.train[n] for n in spared]
+                for view in range(len(self.patches)):
+                    seen = self._patches(other, data, view, pictures)  # (n, 49, 320)
+                    self.patches[view, spared] = seen @ to_patch.bfloat16()
+                states, _ = self._texts(other, data, pictures)
+            for n, per in zip(spared, states, strict=True):
+                self.states[n] = [(s.float() @ to_state).bfloat16() for s in per]
 
     @staticmethod
     def _patches(model: Dual, data: Data, view: int, ids: list[int]) -> torch.Tensor:
@@ -69,6 +97,17 @@ class Features:
             mean.append(torch.stack([s.float().mean(0) for s in per[-1]]))  # (captions, 384)
         pooled = [F.normalize(model.txt_proj(m).float(), dim=-1) for m in mean]
         return per, torch.stack([F.normalize(p.mean(0), dim=0) for p in pooled])
+
+
+def linear_map(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
+    """Return the ridge regression (C, C) from one encoder's features (L, C) to another's (L, C)."""
+    theirs, ours = theirs.float(), ours.float()
+    gram = theirs.T @ theirs  # (C, C)
+    ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram))
+    found = torch.linalg.solve(gram + ridge, theirs.T @ ours)  # (C, C)
+    left = (theirs @ found - ours).pow(2).sum() / (ours - ours.mean(0)).pow(2).sum()
+    print(f"mapped into the shipped space: {1 - left:.3f} of the variance", flush=True)
+    return found
 
 
 @torch.no_grad()
@@ -102,6 +141,9 @@ def align(head: CrossHead, features: Features, txt_proj: torch.Tensor) -> None:
     eye = torch.eye(half)
     for block in (first, second):
         a = block.attention
+        if block.self_attention is not None:
+            block.self_attention.out_proj.weight.mul_(0.02)
+            block.self_attention.out_proj.bias.zero_()
         for layer in (a.q_proj, a.k_proj, a.v_proj, a.out_proj, block.ffn.into, block.ffn.out):
             layer.bias.zero_()
         a.q_proj.weight[:, :half] = torch.cat([eye * SHARP, eye * SOFT])
@@ -130,15 +172,30 @@ def stack_states(states: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor
     return nn.utils.rnn.pad_sequence(states, batch_first=True).float(), mask
 
 
+class Cosine(nn.Module):
+    """The coarse score as it enters the loss, with a scale of its own."""
+
+    def __init__(self, txt_proj: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("txt_proj", txt_proj)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(20.0)))
+
+    def forward(self, said: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """Mean token states (M, 384) and mean patches (M, 320) -> scaled cosines (M, M)."""
+        texts = F.normalize(said @ self.txt_proj.T, dim=-1)  # (M, 320)
+        return self.log_scale.exp() * texts @ F.normalize(seen, dim=-1).T  # (M, M)
+
+
 def group_loss(
     head: CrossHead, features: Features, ids: list[int], alike: torch.Tensor,
-    rng: random.Random, args: argparse.Namespace,
+    rng: random.Random, args: argparse.Namespace, cosine: Cosine | None,
 ) -> tuple[torch.Tensor, float]:  # fmt: skip
     """Loss and hit rate of one group of look-alikes; ids index the training pictures."""
     length = len(rng.choice(features.states[rng.choice(ids)]))
-    chosen = []
+    chosen, said = [], []
     for i in ids:  # captions of one length, so that little padding is computed
         near = sorted(features.states[i], key=lambda s: abs(len(s) - length) + 3 * rng.random())
+        said.append(near[0].float().mean(0))  # (384,)
         s = near[0][:28]
         keep = torch.rand(len(s)) >= args.token_drop
         chosen.append(s[keep] if keep.sum() >= 3 else s)
@@ -146,10 +203,11 @@ def group_loss(
     tokens = F.dropout(tokens, args.input_dropout)
     views = torch.randint(len(features.patches), (len(ids),))
     patches = features.patches[views, torch.tensor(ids)].float()  # (M, 49, 320)
+    coarse = 0.0 if cosine is None else cosine(torch.stack(said), patches.mean(1))  # (M, M)
     patches = F.normalize(patches, dim=-1)
     patches = patches + args.noise * torch.randn_like(patches) * patches.shape[-1] ** -0.5
     out = head.judge(tokens, mask, patches[None])  # (M, M): text x picture
-    rank, match = out.rank.float(), out.match.float()
+    rank, match = out.rank.float() + coarse, out.match.float()
     eye = torch.eye(len(ids))
     soft = (1 - args.soft) * eye + args.soft * (alike / 0.08).softmax(1)
     loss = -(soft * rank.log_softmax(1)).sum(1).mean() - (soft * rank.log_softmax(0)).sum(0).mean()
@@ -198,6 +256,11 @@ def main() -> None:
     ap.add_argument("work", type=Path)
     ap.add_argument("encoder", type=Path, help="the checkpoint that export.py wrote out")
     ap.add_argument("--out", type=Path, required=True)
+    ap.add_argument(
+        "--halves", type=Path, nargs=2, metavar=("WITHOUT_0", "WITHOUT_1"),
+        help="checkpoints of encoders trained without one half each, to cross-fit features",
+    )  # fmt: skip
+    ap.add_argument("--self-attention", action="store_true")
     ap.add_argument("--minutes", type=float, default=22, help="the schedule's length")
     ap.add_argument("--views", type=int, default=6)
     ap.add_argument("--groups", type=int, default=8)
@@ -229,20 +292,33 @@ def main() -> None:
     else:
         features = Features(model, data, args.views)
         torch.save(features, cache)
+    cosine = None
+    if args.halves:
+        halves = [Dual(), Dual()]
+        for each, path in zip(halves, args.halves, strict=True):
+            each.load_state_dict(torch.load(path, weights_only=True))
+        features.cross_fit(halves, data)
+        cosine = Cosine(model.txt_proj.weight.float())
     print(f"features in {time.time() - start:.0f} s", flush=True)
     img = F.normalize(features.patches[0].float().mean(1), dim=-1)  # (N, 320)
     alike = img @ img.T + features.pooled @ features.pooled.T  # (N, N)
+    if args.halves:  # look-alikes seen through the same encoder only
+        half = torch.tensor([half_of(picture) for picture in features.train])  # (N,)
+        alike = alike.masked_fill(half[:, None] != half, -9)  # (N, N)
     near = alike.topk(args.neighbours + 1).indices[:, 1:].tolist()
     teacher = data.init["fl.mean"][features.train]  # (N, 384)
 
     config = HeadConfig(
         kind="cross", text_dim=384, patch_dim=model.img_proj.out_features, grid=Grid(7, 7),
         width=256, heads=4, depth=2, ffn_ratio=args.ffn_ratio, dropout=args.dropout,
+        self_attention=args.self_attention,
     )  # fmt: skip
     head = CrossHead(config)
     align(head, features, model.txt_proj.weight)
     ema = Ema(head, 0.995)
     vectors = [p for p in head.parameters() if p.ndim < 2]
+    if cosine is not None:
+        vectors.append(cosine.log_scale)
     matrices = [p for p in head.parameters() if p.ndim >= 2]
     optim = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": args.decay}, {"params": vectors, "weight_decay": 0}],
@@ -290,7 +366,7 @@ def main() -> None:
             ids = [seed, *rng.sample(near[seed], GROUP - 1)]
             t = teacher[ids]
             with torch.autocast("cpu", torch.bfloat16):
-                loss, hit = group_loss(head, features, ids, t @ t.T, rng, args)
+                loss, hit = group_loss(head, features, ids, t @ t.T, rng, args, cosine)
             (loss / args.groups).backward()
             loss_sum, hit_sum = loss_sum + loss.item(), hit_sum + hit
         nn.utils.clip_grad_norm_(head.parameters(), 2.0)

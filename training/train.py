@@ -117,8 +117,9 @@ class Ema:
 class Data:
     """Everything a step draws from."""
 
-    def __init__(self, captions: Path, work: Path, seed: int) -> None:
+    def __init__(self, captions: Path, work: Path, seed: int, without: int | None = None) -> None:
         self.rng = random.Random(seed)
+        self.without = without  # the half (see ``half_of``) of the photographs never drawn
         self.tok = load_tokenizer()
         self.init = torch.load(work / "init.pt", weights_only=True)
         self.fl = read_flickr(captions, work / "flickr.csv")
@@ -142,10 +143,17 @@ class Data:
         q = self.queue[key]
         while len(q) < n:
             more = (self.fl if key == "fl" else self.cl).where("train")
+            if key == "fl":
+                more = [picture for picture in more if half_of(picture) != self.without]
             self.rng.shuffle(more)
             q += more
         out, self.queue[key] = q[:n], q[n:]
         return out
+
+
+def half_of(picture: int) -> int:
+    """Return 0 or 1: the half of the photographs that a picture is in, for cross-fitting."""
+    return picture % 2
 
 
 @torch.inference_mode()
@@ -212,6 +220,7 @@ def main() -> None:
     ap.add_argument("--word-drop", type=float, default=0.1)
     ap.add_argument("--eval-every", type=int, default=60)
     ap.add_argument("--floor", type=float, default=0.02, help="final learning rate, relative")
+    ap.add_argument("--without", type=int, choices=(0, 1), help="half of the photographs to spare")
     ap.add_argument("--seed", type=int, default=1)
     args = ap.parse_args()
     torch.manual_seed(args.seed)
@@ -219,7 +228,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     log = (args.out / "metrics.jsonl").open("a")
 
-    data = Data(args.captions, args.work, args.seed)
+    data = Data(args.captions, args.work, args.seed, args.without)
     model = Dual()
     with torch.no_grad():
         model.img_proj.weight.copy_(data.init["w_img"])
