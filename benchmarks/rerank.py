@@ -3,6 +3,7 @@
     python benchmarks/rerank.py                    # all shapes, CPU
     python benchmarks/rerank.py --device cuda
     python benchmarks/rerank.py --quick            # the bundled model's shape only
+    python benchmarks/rerank.py --attention        # one attention, without the rest of a head
 
 Each line judges N candidates of one text with the same two-block head: text states of width 256,
 four heads, patches of width 320 in int8. ``torch`` swaps in nn.MultiheadAttention with the same
@@ -19,7 +20,12 @@ from collections.abc import Callable
 
 import torch
 from mmsearch.core.types import Grid
-from mmsearch.rerank.attention import Context, CrossAttention, absorption_is_cheaper
+from mmsearch.rerank.attention import (
+    Context,
+    CrossAttention,
+    absorption_is_cheaper,
+    normalising_gain,
+)
 from mmsearch.rerank.heads import CrossBlock, CrossHead, HeadConfig
 from mmsearch.rerank.scorers import VALUES_AT_ONCE
 from mmsearch.rerank.sparse import Hierarchical, Local
@@ -47,6 +53,17 @@ def timed(work: Callable[[], object], device: torch.device, least: float) -> flo
     return sorted(times)[len(times) // 2]
 
 
+def torch_attention(ours: CrossAttention) -> nn.MultiheadAttention:
+    """PyTorch's attention with the same weights."""
+    theirs = nn.MultiheadAttention(WIDTH, HEADS, kdim=C, vdim=C, batch_first=True)
+    projections = (ours.q_proj, ours.k_proj, ours.v_proj)
+    for name, layer in zip("qkv", projections, strict=True):
+        getattr(theirs, f"{name}_proj_weight").data.copy_(layer.weight)
+    theirs.in_proj_bias.data.copy_(torch.cat([layer.bias for layer in projections]))
+    theirs.out_proj.load_state_dict(ours.out_proj.state_dict())
+    return theirs.eval()
+
+
 class TorchHead(nn.Module):
     """The same head through nn.MultiheadAttention."""
 
@@ -55,14 +72,7 @@ class TorchHead(nn.Module):
         self.head = head
         self.attentions = nn.ModuleList()
         for block in head.blocks:
-            ours = block.attention
-            theirs = nn.MultiheadAttention(WIDTH, HEADS, kdim=C, vdim=C, batch_first=True)
-            projections = (ours.q_proj, ours.k_proj, ours.v_proj)
-            for name, layer in zip("qkv", projections, strict=True):
-                getattr(theirs, f"{name}_proj_weight").data.copy_(layer.weight)
-            theirs.in_proj_bias.data.copy_(torch.cat([layer.bias for layer in projections]))
-            theirs.out_proj.load_state_dict(ours.out_proj.state_dict())
-            self.attentions.append(theirs)
+            self.attentions.append(torch_attention(block.attention))
 
     def judge(self, tokens: torch.Tensor, mask: torch.Tensor, codes: torch.Tensor):
         values = self.head.context(tokens, mask, codes).values()[0]  # (N, P, C)
@@ -132,12 +142,50 @@ def judge_in_pieces(module, tokens, mask, codes: torch.Tensor, room: int) -> Non
         module.judge(tokens, mask, codes[:, at : at + room])
 
 
+@torch.inference_mode()
+def attend_in_pieces(attend, states: torch.Tensor, codes: torch.Tensor, place, room: int) -> None:
+    """One attention over the candidates' codes (1, N, P, C) from states (1, N, T, W)."""
+    for at in range(0, codes.shape[1], room):
+        some = codes[:, at : at + room].to(states.dtype)  # (1, n, P, C)
+        attend(states[:, at : at + room], Context(some, normalising_gain(some), place))
+
+
+def compare_attention(
+    n: int, p: int, t: int, device: torch.device, dtype: torch.dtype, seconds: float
+) -> None:
+    """Print a line for each form of one attention, without what is around it in a head."""
+    torch.manual_seed(0)
+    ours = CrossAttention(WIDTH, C, HEADS).eval().to(device, dtype)
+    theirs = torch_attention(ours).to(device, dtype)
+
+    def by_torch(states: torch.Tensor, context: Context) -> torch.Tensor:
+        values = context.values()[0]  # (n, P, C)
+        return theirs(states[0], values, values, need_weights=False)[0]  # (n, T, W)
+
+    codes = torch.randint(-127, 128, (1, n, p, C), dtype=torch.int8, device=device)
+    states = torch.randn(1, n, t, WIDTH, device=device, dtype=dtype)
+    place = torch.randn(p, C, device=device, dtype=dtype)
+    room = max(1, VALUES_AT_ONCE.get(device.type, 1 << 22) // (p * C))
+    base = None
+    for name, form in (
+        ("torch", by_torch), ("projected", ours.projected), ("absorbed", ours.absorbed),
+    ):  # fmt: skip
+        work = functools.partial(attend_in_pieces, form, states, codes, place, room)
+        took = timed(work, device, seconds)
+        base = base or took
+        print(
+            f"| {n} | {p} | {t} | {name} | {took * 1e3:.1f} | {n / took:.0f} | {base / took:.2f} |",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.5, help="least time a measurement")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--attention", action="store_true", help="one attention, not a whole head")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -146,14 +194,23 @@ def main() -> None:
     again = encoder_seconds(args.device)
     print(f"{device}, {dtype}, {flops / 1e9:.0f} GMAC/s, {bandwidth / 1e9:.1f} GB/s; "
           f"encoding a picture again {again * 1e3:.1f} ms")  # fmt: skip
-    print("| N | P | T | form | ms a query | pairs/s | x torch | MB read | floor, ms | x floor |")
-    print("|--|--|--|--|--|--|--|--|--|--|")
+    if not args.attention:
+        print(
+            "| N | P | T | form | ms a query | pairs/s | x torch | MB read | floor, ms | x floor |"
+        )
+        print("|--|--|--|--|--|--|--|--|--|--|")
     shapes = [
         (n, p, t)
         for n in ((100,) if args.quick else (100, 1000))
         for p in ((49,) if args.quick else GRIDS)
         for t in ((8,) if args.quick else (8, 16, 77))
     ]
+    if args.attention:
+        print("\n| N | P | T | one attention | ms a query | pairs/s | x torch |")
+        print("|--|--|--|--|--|--|--|")
+        for n, p, t in shapes:
+            compare_attention(n, p, t, device, dtype, args.seconds)
+        return
     for n, p, t in shapes:
         torch.manual_seed(0)
         head = CrossHead(HeadConfig("cross", C_TEXT, C, GRIDS[p], WIDTH, HEADS)).eval()

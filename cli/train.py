@@ -78,6 +78,14 @@ def train(
             help="Let the words of a cross head look at each other in each block.",
         ),
     ] = True,
+    align: Annotated[
+        bool,
+        typer.Option(
+            "--align/--no-align",
+            help="Start a cross head from the encoder's contrastive space, where the patches lie "
+            "in it.",
+        ),
+    ] = True,
     learning_rate: Annotated[float, typer.Option("--learning-rate", min=0)] = 5e-4,
     match_weight: Annotated[
         float, typer.Option("--match-weight", min=0, help="Weight of the match loss.")
@@ -149,6 +157,7 @@ def train(
         heads=heads,
         depth=depth,
         self_attention=self_attention,
+        align=align,
         epochs=epochs,
         group=group,
         pool=pool[0],

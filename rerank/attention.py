@@ -106,7 +106,11 @@ class CrossAttention(nn.Module):
         pooled = (scaled.flatten(2, 3) @ codes).unflatten(2, (self.heads, -1))  # (G, N, H, T, C)
         matrix = self.v_proj.weight.unflatten(0, (self.heads, -1))  # (H, d, C)
         value = torch.einsum("gnhtc,hdc->gnthd", pooled, matrix)  # (G, N, T, H, d)
-        place = self._place(self.v_proj, context)  # (H, P, d) or (G, N, H, P, d)
+        if context.cells is not None:  # cells' weights, that their vectors need not be copied
+            cells = context.cells[:, :, None, None].expand_as(weights)  # (G, N, H, T, P)
+            none = weights.new_zeros(*weights.shape[:-1], len(context.place))
+            weights = none.scatter_add(4, cells, weights)  # (G, N, H, T, cells)
+        place = self._place(self.v_proj, context)  # (H, cells, d)
         value = value + (weights @ place).transpose(2, 3)  # (G, N, T, H, d)
         return self.out_proj(value.flatten(3) + self.v_proj.bias)  # (G, N, T, W)
 
@@ -130,9 +134,13 @@ class CrossAttention(nn.Module):
         else:
             raw = folded @ codes.transpose(2, 3)  # (G, N, H*T, P)
         raw = raw * context.gain.unsqueeze(2).to(raw.dtype)  # (G, N, H*T, P)
-        place = self._place(self.k_proj, context)  # (H, P, d) or (G, N, H, P, d)
-        placed = query @ place.transpose(-1, -2)  # (G, n or N, H, T, P)
-        return raw.unflatten(2, (self.heads, -1)) + placed  # (G, N, H, T, P)
+        raw = raw.unflatten(2, (self.heads, -1))  # (G, N, H, T, P)
+        place = self._place(self.k_proj, context)  # (H, cells, d)
+        placed = query @ place.transpose(-1, -2)  # (G, n, H, T, cells)
+        if context.cells is not None:
+            cells = context.cells[:, :, None, None].expand_as(raw)  # (G, N, H, T, P)
+            placed = placed.expand(-1, raw.shape[1], -1, -1, -1).gather(4, cells)
+        return raw + placed  # (G, N, H, T, P)
 
     def _weights(self, query: Tensor, codes: Tensor, context: Context) -> Tensor:
         logits = self.logits(query, codes, context)  # (G, N, H, T, P)
@@ -146,18 +154,18 @@ class CrossAttention(nn.Module):
         return query.transpose(2, 3) * query.shape[-1] ** -0.5  # (G, n, H, T, d)
 
     def _place(self, projection: nn.Linear, context: Context) -> Tensor:
-        """Project the grid cells' vectors: (H, P, d), or (G, N, H, P, d) for chosen cells."""
+        """Project the grid cells' vectors: (H, cells, d)."""
         table = functional.linear(context.place, projection.weight)  # (cells, W)
-        rows = table if context.cells is None else table[context.cells]  # ([G, N,] P, W)
-        return rows.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # ([G, N,] H, P, d)
+        return table.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # (H, cells, d)
 
     def _project(self, projection: nn.Linear, context: Context) -> Tensor:
         """Project the patches to keys or values: (G, N, H, P, d)."""
         codes = context.codes.to(projection.weight.dtype)  # (G, N, P, C)
         raw = functional.linear(codes, projection.weight)  # (G, N, P, W)
         raw = raw * context.gain.unsqueeze(-1).to(raw.dtype) + projection.bias  # (G, N, P, W)
-        raw = raw.unflatten(3, (self.heads, -1)).transpose(2, 3)  # (G, N, H, P, d)
-        return raw + self._place(projection, context)
+        table = functional.linear(context.place, projection.weight)  # (cells, W)
+        placed = table if context.cells is None else table[context.cells]  # ([G, N,] P, W)
+        return (raw + placed).unflatten(3, (self.heads, -1)).transpose(2, 3)  # (G, N, H, P, d)
 
 
 def absorption_is_cheaper(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -22,6 +23,10 @@ from ..core.errors import ModelError
 from ..core.types import Grid
 from .attention import Context, CrossAttention, normalising_gain
 from .sparse import Selection
+
+# Of the start that ``CrossHead.align`` makes: how sharply and softly the two halves of the heads
+# attend, what the rank term begins as, and the size of what is to start near nothing.
+SHARP, SOFT, RANK_SCALE, FAINT = 1.5, 0.2, 8.0, 0.02
 
 
 @dataclass(frozen=True)
@@ -277,6 +282,71 @@ class CrossHead(Head):
             states = block(states, mask, context)  # (G, N, T, W)
         return states
 
+    @torch.no_grad()
+    def align(self, captions: Sequence[Tensor], pooled: Tensor, patches: Tensor) -> None:
+        """Start as a similarity of tokens and patches in the encoder's contrastive space.
+
+        Call once, before training, in place of ``fit_context``; the patches must lie in that space.
+        A ridge regression brings tokens there. Half of a state's width holds the token s in the
+        directions that matter most, the other half what its attention brought back, v; half of
+        the heads attend sharply, half softly. In the feed-forward network
+        ``z gelu(z) + (-z) gelu(-z) = z^2``, so with z = s_i + v_i its sum holds s . v; it is
+        written along one direction, which the rank layer reads. What follows starts near the
+        identity.
+
+        Args:
+            captions: K captions' token states, (T_k, C_text) each.
+            pooled: (K, C) their vectors in the contrastive space.
+            patches: (M, P, C) of a sample of pictures.
+        """
+        width, half = self.config.width, self.config.width // 2
+        unit = (patches.float() * normalising_gain(patches).unsqueeze(-1)).flatten(0, 1)  # (MP, C)
+        mean = unit.mean(dim=0)  # (C,)
+        self.rows -= mean
+        normal = [nn.functional.layer_norm(each.float(), each.shape[1:]) for each in captions]
+        to_space = _ridge(torch.stack([each.mean(dim=0) for each in normal]), pooled.float())
+        tokens = torch.cat(normal)  # (L, C_text)
+        said = (tokens - tokens.mean(dim=0)) @ to_space  # (L, C)
+        seen = unit - mean  # (MP, C)
+        spread = said.T @ said / said.pow(2).mean() / len(said) + seen.T @ seen / len(seen)
+        basis = torch.linalg.eigh(spread).eigenvectors[:, -half:].T  # (W/2, C), as far as C goes
+        basis = nn.functional.pad(basis, (0, 0, 0, half - len(basis)))  # (W/2, C)
+        basis = torch.linalg.qr(torch.randn(half, half)).Q @ basis  # (W/2, C), heads share alike
+        into = basis @ to_space.T  # (W/2, C_text)
+        into = into / (tokens @ into.T).std(dim=0).mean()  # (W/2, C_text)
+        self.text_proj.weight.zero_()
+        self.text_proj.bias.zero_()
+        self.text_proj.weight[:half] = into
+        self.text_proj.bias[:half] = -(tokens @ into.T).mean(dim=0)
+        eye = torch.eye(half)
+        both = torch.cat([eye, eye], dim=1)  # (W/2, W)
+        for at, block in enumerate(self.blocks):
+            assert isinstance(block, CrossBlock)
+            attention = block.attention
+            attention.q_proj.weight[:, :half] = torch.cat([eye * SHARP, eye * SOFT])
+            attention.k_proj.weight.copy_(torch.cat([basis, basis]))
+            attention.v_proj.weight.copy_(torch.cat([basis, basis]))
+            quiet = [attention.out_proj, *([block.ffn.out] if at else [])]
+            if block.self_attention is not None:
+                quiet.append(block.self_attention.out_proj)
+            for layer in quiet:
+                layer.weight.mul_(FAINT)
+            for layer in (attention.q_proj, attention.k_proj, attention.v_proj, *quiet):
+                layer.bias.zero_()
+        first = self.blocks[0]
+        assert isinstance(first, CrossBlock)
+        first.attention.out_proj.weight[half:] += 0.5 * both
+        copies = 2 * self.config.ffn_ratio
+        squares = torch.cat([both, -both]).repeat(copies, 1)  # (2 * ratio * W, W)
+        first.ffn.into.weight.mul_(FAINT).add_(squares)
+        first.ffn.into.bias.zero_()
+        direction = torch.zeros(width)  # (W,)
+        direction[:half] = torch.randint(0, 2, (half,)) * 2.0 - 1
+        first.ffn.out.weight.copy_(direction[:, None] / first.ffn.out.in_features)
+        first.ffn.out.bias.zero_()
+        self.pool.weight.zero_()
+        self.rank.weight.copy_(direction[None] * RANK_SCALE / half)
+
     def context_layers(self) -> list[nn.Linear]:
         """Return the key and value projections."""
         layers = []
@@ -366,6 +436,14 @@ class SharedHead(TwoStreamHead):
         share = image.new_full((len(mask), image.shape[2]), -math.log(self.finer))  # (G, P)
         text = hiding_bias(mask, image)  # (G, 1, 1, 1, T)
         return torch.cat([text, share[:, None, None, None]], dim=-1)  # (G, 1, 1, 1, T+P)
+
+
+def _ridge(given: Tensor, wanted: Tensor) -> Tensor:
+    """Return the matrix (A, B) that best turns what is given (K, A) into what is wanted (K, B)."""
+    given, wanted = given - given.mean(dim=0), wanted - wanted.mean(dim=0)
+    gram = given.T @ given  # (A, A)
+    ridge = 1e-2 * gram.diagonal().mean().clamp_min(1e-6) * torch.eye(len(gram))  # (A, A)
+    return torch.linalg.solve(gram + ridge, given.T @ wanted)  # (A, B)
 
 
 def hiding_bias(mask: Tensor, like: Tensor) -> Tensor:

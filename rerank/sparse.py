@@ -148,9 +148,10 @@ def _gather(
     codes: Tensor, cells: Tensor, place: Tensor, bias: Tensor, dtype: torch.dtype
 ) -> Context:
     """Take patches by cells (G, N, S) from codes (G, N, P, C) and widen them."""
-    group = torch.arange(codes.shape[0], device=codes.device)[:, None, None]  # (G, 1, 1)
-    candidate = torch.arange(codes.shape[1], device=codes.device)[:, None]  # (N, 1)
-    chosen = codes[group, candidate, cells].to(dtype)  # (G, N, S, C)
+    count, patches = codes.shape[:2].numel(), codes.shape[2]
+    first = torch.arange(count, device=codes.device).view(*codes.shape[:2], 1) * patches
+    rows = codes.flatten(0, 2).index_select(0, (first + cells).flatten())  # (G * N * S, C)
+    chosen = rows.view(*cells.shape, -1).to(dtype)  # (G, N, S, C)
     return Context(chosen, normalising_gain(chosen), place, cells, bias)
 
 

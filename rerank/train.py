@@ -29,7 +29,7 @@ from ..core.errors import InputError, ModelError
 from .checkpoint import Calibration, Fusion, HeadCard, save_head
 from .dataset import TrainingSet
 from .fitting import Fit, Judged, calibrate, fit_fusion, paired_p, spread_scale
-from .heads import Head, HeadConfig, build_head
+from .heads import CrossHead, Head, HeadConfig, build_head
 from .scorers import HeadScorer
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 CONTEXT_SAMPLE = 512  # pictures whose patches set the head's starting point
+ALIGN_SAMPLE = 4096  # and captions
 QUERIES_AT_ONCE = 64
 
 
@@ -50,6 +51,7 @@ class TrainOptions:
     depth: int = 2
     dropout: float = 0.1
     self_attention: bool = True  # kind "cross": tokens attend to each other
+    align: bool = True  # kind "cross": start from the encoder's contrastive space
     epochs: int = 12
     group: int = 16  # K, pictures judged together
     pool: int = 96  # nearest pictures a group is drawn from, at first
@@ -181,7 +183,7 @@ class _Run:
         )
         torch.manual_seed(options.seed)
         self.head = build_head(self.config)
-        self.head.fit_context(data.codes[data.train[:CONTEXT_SAMPLE]])
+        self._start(encoder)
         self.head.to(device)
         self.average = copy.deepcopy(self.head).eval().requires_grad_(False)
         self.log_scale = nn.Parameter(torch.tensor(3.0, device=device))  # of the cosine
@@ -206,6 +208,18 @@ class _Run:
                 np.cumsum(np.bincount(data.owner, minlength=len(data.pooled)))[:-1],
             )
         ]
+
+    def _start(self, encoder: EncoderSpec) -> None:
+        """Start from the contrastive space where the patches lie in it, else from white patches."""
+        data = self.data
+        patches = data.codes[data.train[:CONTEXT_SAMPLE]]  # (M, P, C)
+        in_space = encoder.patch_kind == "aligned" and encoder.patch_dim == encoder.embed_dim
+        if isinstance(self.head, CrossHead) and in_space and self.options.align:
+            rows = data.captions_of(data.train)[:ALIGN_SAMPLE]
+            tokens = [data.captions.tokens[row].float() for row in rows]
+            self.head.align(tokens, data.captions.pooled[rows], patches)
+        else:
+            self.head.fit_context(patches)
 
     def one_epoch(self, on_event: Callable[[Event], None] | None) -> dict[str, Any]:
         """Train one epoch and validate; a run broken off between epochs goes on the same."""

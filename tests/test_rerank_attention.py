@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmsearch.core.types import Grid
 from mmsearch.rerank.attention import Context, CrossAttention, normalising_gain
-from mmsearch.rerank.heads import HEADS, HeadConfig, build_head
+from mmsearch.rerank.heads import HEADS, CrossHead, HeadConfig, build_head
 from torch import nn
 
 SHAPES = {
@@ -189,3 +189,22 @@ def test_cuda_agrees_with_cpu(head):
     cpu = head(tokens, mask, patches).rank
     gpu = head.cuda()(tokens.cuda(), mask.cuda(), patches.cuda()).rank
     torch.testing.assert_close(gpu.cpu(), cpu, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mixing", [False, True])
+def test_an_aligned_head_starts_as_a_similarity(mixing):
+    """Before any training, the picture that holds what the words name ranks first."""
+    torch.manual_seed(0)
+    things = nn.functional.normalize(torch.randn(30, 24), dim=-1)  # in the contrastive space
+    to_text = torch.randn(24, 20)
+    named = torch.stack([torch.randperm(30)[:3] for _ in range(200)])  # (K, 3)
+    captions = [things[three] @ to_text for three in named]  # (3, C_text) each
+    pooled = nn.functional.normalize(things[named].mean(1), dim=-1)
+    patches = things[named].repeat(1, 2, 1) + 0.05 * torch.randn(200, 6, 24)
+    config = HeadConfig("cross", 20, 24, Grid(2, 3), width=48, self_attention=mixing)
+    head = CrossHead(config).eval()
+    head.align(captions, pooled, patches)
+    tokens, mask = torch.stack(captions[:20]), torch.ones(20, 3, dtype=torch.bool)
+    rank = head.judge(tokens, mask, patches[None, :20]).rank  # (text, picture)
+    first = (rank.argmax(1) == torch.arange(20)).float().mean()
+    assert first > 0.8, first

@@ -110,60 +110,6 @@ def linear_map(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
     return found
 
 
-@torch.no_grad()
-def align(head: CrossHead, features: Features, txt_proj: torch.Tensor) -> None:
-    """Start as a token-to-patch similarity; see the module's text.
-
-    Half of a state's width holds the projected token s, the other half what its attention
-    brought back, v. Two heads attend sharply, two softly. In the feed-forward network
-    z gelu(z) + (-z) gelu(-z) = z^2, so with z = s_i + v_i its sum holds s . v; it is written along
-    one direction, which the rank layer reads. The second block starts as the identity.
-    """
-    c = head.config
-    half = c.width // 2
-    unit = F.normalize(features.patches[0, :1000].float(), dim=-1) * c.patch_dim**0.5
-    mean = unit.flatten(0, 1).mean(0)  # (320,)
-    head.rows -= mean
-    texts = torch.cat([s for per in features.states[:400] for s in per]).float()  # (L, 384)
-    texts = F.layer_norm(texts, (c.text_dim,))
-    said = (texts - texts.mean(0)) @ txt_proj.T  # (L, 320)
-    seen = unit.flatten(0, 1)[::7] - mean  # (K, 320)
-    cov = said.T @ said / said.pow(2).mean() / len(said) + seen.T @ seen / len(seen)
-    basis = torch.linalg.eigh(cov).eigenvectors[:, -half:].T  # (H, 320)
-    basis = torch.linalg.qr(torch.randn(half, half)).Q @ basis
-    into = basis @ txt_proj  # (H, 384)
-    into = into / (texts @ into.T).std(0).mean()
-    head.text_proj.weight.zero_()
-    head.text_proj.bias.zero_()
-    head.text_proj.weight[:half] = into
-    head.text_proj.bias[:half] = -(texts @ into.T).mean(0)
-    first, second = head.blocks
-    eye = torch.eye(half)
-    for block in (first, second):
-        a = block.attention
-        if block.self_attention is not None:
-            block.self_attention.out_proj.weight.mul_(0.02)
-            block.self_attention.out_proj.bias.zero_()
-        for layer in (a.q_proj, a.k_proj, a.v_proj, a.out_proj, block.ffn.into, block.ffn.out):
-            layer.bias.zero_()
-        a.q_proj.weight[:, :half] = torch.cat([eye * SHARP, eye * SOFT])
-        a.k_proj.weight.copy_(torch.cat([basis, basis]))
-        a.v_proj.weight.copy_(torch.cat([basis, basis]))
-        a.out_proj.weight.mul_(0.02)
-    first.attention.out_proj.weight[half:] += 0.5 * torch.cat([eye, eye], 1)
-    both = torch.cat([eye, eye], 1)  # (H, W)
-    first.ffn.into.weight.copy_(torch.cat([both, -both]).repeat(2, 1))
-    first.ffn.into.weight += 0.01 * torch.randn_like(first.ffn.into.weight)
-    direction = torch.cat([torch.randint(0, 2, (half,)) * 2.0 - 1, torch.zeros(half)])  # (W,)
-    first.ffn.out.weight.copy_(direction[:, None].expand(-1, c.width) / c.width)
-    second.ffn.out.weight.mul_(0.02)
-    head.pool.weight.zero_()
-    head.rank.weight.copy_(direction[None] * RANK_SCALE / half)
-
-
-SHARP, SOFT, RANK_SCALE = 1.5, 0.2, 8.0
-
-
 def stack_states(states: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token states of several captions: (B, T, 384) and mask (B, T)."""
     mask = torch.zeros(len(states), max(len(s) for s in states), dtype=torch.bool)
@@ -314,7 +260,10 @@ def main() -> None:
         self_attention=args.self_attention,
     )  # fmt: skip
     head = CrossHead(config)
-    align(head, features, model.txt_proj.weight)
+    said = [s.float() for per in features.states[:400] for s in per]  # (T, 384) each
+    means = torch.stack([s.mean(0) for s in said])  # (K, 384)
+    pooled = F.normalize(model.txt_proj(means), dim=-1)  # (K, 320)
+    head.align(said, pooled, features.patches[0, :1000])
     ema = Ema(head, 0.995)
     vectors = [p for p in head.parameters() if p.ndim < 2]
     if cosine is not None:
