@@ -64,7 +64,7 @@ def recall(
     shuffled = patches.codes.gather(1, places.unsqueeze(-1).expand_as(patches.codes))
 
     def hits(scores: torch.Tensor) -> list[float]:
-        """Percent ahead of all three, of the one with other colours, of the one with other places."""
+        """Percent ahead of all three, of that with other colours, of that with other places."""
         ahead = scores.gather(1, (own % 4).unsqueeze(1)) > scores  # (Q, 4); ties count against us
         swapped = [(own % 4) ^ bit for bit in (2, 1)]  # see tests/scenes.py for their order
         pairs = [ahead.gather(1, other.unsqueeze(1)).squeeze(1) for other in swapped]

@@ -91,8 +91,9 @@ def test_calibrated_probabilities_mean_what_they_say():
 COLOURS = ["red", "green", "blue", "white"]
 THINGS = ["ball", "cup", "dog", "car"]
 SPEC = SimpleNamespace(
-    weights_hash="a" * 64, patch_kind="aligned", patch_dim=16, text_dim=16, grid=Grid(2, 2)
-)
+    weights_hash="a" * 64, patch_kind="penultimate", embed_dim=4, patch_dim=16, text_dim=16,
+    grid=Grid(2, 2),
+)  # fmt: skip
 
 
 class Words:
