@@ -41,6 +41,8 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/query.py --images $(PICTURES) --index $(BENCH)/query
 	$(BIN)/python benchmarks/rerank.py
 	$(BIN)/python benchmarks/scenes.py
+	$(BIN)/python benchmarks/pointing.py
+	$(BIN)/python benchmarks/rerank.py --attention
 	$(BIN)/python benchmarks/eval.py large
 	$(if $(MMSEARCH_FLICKR8K),$(BIN)/python benchmarks/eval.py captions)
 	$(BIN)/python benchmarks/fuzz.py
