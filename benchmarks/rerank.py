@@ -7,7 +7,8 @@
 
 Each line judges N candidates of one text with the same two-block head: text states of width 256,
 four heads, patches of width 320 in int8. ``torch`` swaps in nn.MultiheadAttention with the same
-weights over patches widened and placed as it needs them. The floor counts multiplications at the
+weights over patches widened and placed as it needs them; ``shared`` and ``co`` are the other kinds
+of head, for which nothing can be computed before the query is known. The floor counts multiplications at the
 machine's measured matrix speed and bytes at its measured copy speed, whichever takes longer.
 """
 
@@ -26,7 +27,7 @@ from mmsearch.rerank.attention import (
     absorption_is_cheaper,
     normalising_gain,
 )
-from mmsearch.rerank.heads import CrossBlock, CrossHead, HeadConfig
+from mmsearch.rerank.heads import CrossBlock, CrossHead, HeadConfig, build_head
 from mmsearch.rerank.scorers import VALUES_AT_ONCE
 from mmsearch.rerank.sparse import Hierarchical, Local
 from torch import nn
@@ -228,6 +229,9 @@ def main() -> None:
             for name, rule in (("local", Local()), ("hierarchical", Hierarchical())):
                 forms[name] = hold(head, absorb=True)
                 forms[name].selection = rule
+        for kind in ("shared", "co"):  # other heads of the same width and depth
+            config = HeadConfig(kind, C_TEXT, C, GRIDS[p], WIDTH, HEADS)
+            forms[kind] = build_head(config).eval()
         floor = max(n * operations(t, p) / flops, n * p * C / bandwidth)
         base = None
         for name, module in forms.items():
@@ -238,6 +242,7 @@ def main() -> None:
             base = base or seconds
             read = n * p * C
             if name in ("local", "hierarchical"):
+                assert isinstance(module, CrossHead)
                 with torch.inference_mode():
                     seen = module.context(tokens, mask, codes[:, :1]).codes.shape[2]
                 read = n * seen * C
