@@ -8,8 +8,9 @@
 Each line judges N candidates of one text with the same two-block head: text states of width 256,
 four heads, patches of width 320 in int8. ``torch`` swaps in nn.MultiheadAttention with the same
 weights over patches widened and placed as it needs them; ``shared`` and ``co`` are the other kinds
-of head, for which nothing can be computed before the query is known. The floor counts multiplications at the
-machine's measured matrix speed and bytes at its measured copy speed, whichever takes longer.
+of head, for which nothing can be computed before the query is known. The floor counts
+multiplications at the machine's measured matrix speed and bytes at its measured copy speed,
+whichever takes longer.
 """
 
 from __future__ import annotations
