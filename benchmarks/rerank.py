@@ -2,7 +2,7 @@
 
     python benchmarks/rerank.py                    # all shapes, CPU
     python benchmarks/rerank.py --device cuda
-    python benchmarks/rerank.py --quick            # the bundled model's shape only
+    python benchmarks/rerank.py --candidates 100 --patches 49 --tokens 8   # the bundled model
     python benchmarks/rerank.py --attention        # one attention, without the rest of a head
 
 Each line judges N candidates of one text with the same two-block head: text states of width 256,
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import time
 from collections.abc import Callable
 
@@ -186,7 +187,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.5, help="least time a measurement")
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--candidates", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--patches", type=int, nargs="+", choices=GRIDS, default=[*GRIDS])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8, 16, 77])
     parser.add_argument("--attention", action="store_true", help="one attention, not a whole head")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -201,12 +204,7 @@ def main() -> None:
             "| N | P | T | form | ms a query | pairs/s | x torch | MB read | floor, ms | x floor |"
         )
         print("|--|--|--|--|--|--|--|--|--|--|")
-    shapes = [
-        (n, p, t)
-        for n in ((100,) if args.quick else (100, 1000))
-        for p in ((49,) if args.quick else GRIDS)
-        for t in ((8,) if args.quick else (8, 16, 77))
-    ]
+    shapes = list(itertools.product(args.candidates, args.patches, args.tokens))
     if args.attention:
         print("\n| N | P | T | one attention | ms a query | pairs/s | x torch |")
         print("|--|--|--|--|--|--|--|")
