@@ -217,7 +217,6 @@ def main() -> None:
         codes = torch.randint(-127, 128, (1, n, p, C), dtype=torch.int8, device=device)
         tokens = torch.randn(1, t, C_TEXT, device=device, dtype=dtype)
         mask = torch.ones(1, t, dtype=torch.bool, device=device)
-        room = max(1, VALUES_AT_ONCE.get(device.type, 1 << 22) // (p * C))
         forms: dict[str, nn.Module] = {
             "torch": TorchHead(head),
             "projected": hold(head, absorb=False),
@@ -236,6 +235,9 @@ def main() -> None:
         for name, module in forms.items():
             module.to(device, dtype)
 
+            inner = module.head if isinstance(module, TorchHead) else module
+            values = inner.patches_read() * C
+            room = max(1, VALUES_AT_ONCE.get(device.type, 1 << 22) // values)
             work = functools.partial(judge_in_pieces, module, tokens, mask, codes, room)
             seconds = timed(work, device, args.seconds)
             base = base or seconds

@@ -118,6 +118,10 @@ class Head(nn.Module, ABC):
         codes = patches.to(tokens.dtype)  # (G, N, P, C)
         return Context(codes, normalising_gain(codes), self.place())
 
+    def patches_read(self) -> int:
+        """Return how many patches of a picture are widened."""
+        return self.config.grid.size
+
     def place(self) -> Tensor:
         """Return the learned vector of every grid cell, (P, C)."""
         return (self.rows.unsqueeze(1) + self.columns.unsqueeze(0)).flatten(0, 1)  # (P, C)
@@ -274,6 +278,11 @@ class CrossHead(Head):
         return self.selection.choose(
             first.attention, states, mask, patches, self.place(), self.config.grid
         )
+
+    def patches_read(self) -> int:
+        """Return how many patches of a picture are widened: all, or what the selection reads."""
+        grid = self.config.grid
+        return grid.size if self.selection is None else self.selection.reads(grid)
 
     def states(self, tokens: Tensor, mask: Tensor, context: Context) -> Tensor:
         """Return the text states after the last block, (G, N, T, W)."""

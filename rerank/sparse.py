@@ -65,6 +65,10 @@ class Selection(ABC):
         return self.read_on(coarse, strongest, codes, grid)
 
     @abstractmethod
+    def reads(self, grid: Grid) -> int:
+        """Return how many patches of a picture are widened at most."""
+
+    @abstractmethod
     def read_on(self, coarse: Context, strongest: Tensor, codes: Tensor, grid: Grid) -> Context:
         """Read further at the strongest cells (G, N, F) of the coarse look."""
 
@@ -72,6 +76,11 @@ class Selection(ABC):
 @dataclass(frozen=True)
 class Hierarchical(Selection):
     """All patches of the strongest cells; one patch, counted as many, for each other cell."""
+
+    def reads(self, grid: Grid) -> int:
+        """Return R + F * stride^2."""
+        count = len(_layout(grid, self.stride).looked)
+        return count + min(self.cells, count) * self.stride**2
 
     def read_on(self, coarse: Context, strongest: Tensor, codes: Tensor, grid: Grid) -> Context:
         """Return S = R + F * stride^2 patches; those seen twice are hidden once."""
@@ -98,6 +107,11 @@ class Local(Selection):
     """
 
     radius: int = 2
+
+    def reads(self, grid: Grid) -> int:
+        """Return F * (2 * radius + 1)^2, or R if that is more."""
+        count = len(_layout(grid, self.stride).looked)
+        return max(count, min(self.cells, count) * (2 * self.radius + 1) ** 2)
 
     def read_on(self, coarse: Context, strongest: Tensor, codes: Tensor, grid: Grid) -> Context:
         """Return S = F * (2 * radius + 1)^2 patches; repeats and what lies outside are hidden."""
