@@ -20,6 +20,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from mmsearch.core.types import Grid
@@ -30,7 +31,7 @@ from mmsearch.rerank.attention import (
     normalising_gain,
 )
 from mmsearch.rerank.heads import CrossBlock, CrossHead, HeadConfig, build_head
-from mmsearch.rerank.scorers import VALUES_AT_ONCE
+from mmsearch.rerank.scorers import pictures_at_once
 from mmsearch.rerank.sparse import Hierarchical, Local
 from torch import nn
 
@@ -119,6 +120,14 @@ def operations(tokens: int, patches: int) -> float:
     return 2.0 * (attention + rest)  # two blocks
 
 
+class Speed(NamedTuple):
+    """What the floor is counted by."""
+
+    multiplications: float  # of a matrix product, a second
+    copied: float  # bytes a second
+    encoding: float  # seconds to encode a picture again
+
+
 def machine(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Measured multiplications a second of a matrix product, and bytes a second of a read."""
     side = 1024 if device.type == "cpu" else 8192
@@ -168,7 +177,7 @@ def compare_attention(
     codes = torch.randint(-127, 128, (1, n, p, C), dtype=torch.int8, device=device)
     states = torch.randn(1, n, t, WIDTH, device=device, dtype=dtype)
     place = torch.randn(p, C, device=device, dtype=dtype)
-    room = max(1, VALUES_AT_ONCE.get(device.type, 1 << 22) // (p * C))
+    room = pictures_at_once(device, p * C)
     base = None
     for name, form in (
         ("torch", by_torch), ("projected", ours.projected), ("absorbed", ours.absorbed),
@@ -180,6 +189,52 @@ def compare_attention(
             f"| {n} | {p} | {t} | {name} | {took * 1e3:.1f} | {n / took:.0f} | {base / took:.2f} |",
             flush=True,
         )
+
+
+def compare_heads(
+    n: int, p: int, t: int, speed: Speed, device: torch.device, dtype: torch.dtype, least: float
+) -> None:
+    """Print a line for each form of a whole head."""
+    torch.manual_seed(0)
+    head = CrossHead(HeadConfig("cross", C_TEXT, C, GRIDS[p], WIDTH, HEADS)).eval()
+    codes = torch.randint(-127, 128, (1, n, p, C), dtype=torch.int8, device=device)
+    tokens = torch.randn(1, t, C_TEXT, device=device, dtype=dtype)
+    mask = torch.ones(1, t, dtype=torch.bool, device=device)
+    forms: dict[str, nn.Module] = {
+        "torch": TorchHead(head),
+        "projected": hold(head, absorb=False),
+        "absorbed": hold(head, absorb=True),
+        "chosen": head,
+    }
+    if p > 49:
+        for name, rule in (("local", Local()), ("hierarchical", Hierarchical())):
+            forms[name] = hold(head, absorb=True)
+            forms[name].selection = rule
+    for kind in ("shared", "co"):  # other heads of the same width and depth
+        config = HeadConfig(kind, C_TEXT, C, GRIDS[p], WIDTH, HEADS)
+        forms[kind] = build_head(config).eval()
+    floor = max(n * operations(t, p) / speed.multiplications, n * p * C / speed.copied)
+    base = 0.0
+    for name, module in forms.items():
+        module.to(device, dtype)
+
+        inner = module.head if isinstance(module, TorchHead) else module
+        values = inner.patches_read() * C
+        room = pictures_at_once(device, values)
+        work = functools.partial(judge_in_pieces, module, tokens, mask, codes, room)
+        seconds = timed(work, device, least)
+        base = base or seconds
+        print(
+            f"| {n} | {p} | {t} | {name} | {seconds * 1e3:.1f} | {n / seconds:.0f} | "
+            f"{base / seconds:.2f} | {n * values / 1e6:.1f} | {floor * 1e3:.1f} | "
+            f"{seconds / floor:.1f} |",
+            flush=True,
+        )
+    again = speed.encoding
+    print(
+        f"| {n} | {p} | {t} | encode again (bundled) | {again * n * 1e3:.0f} | "
+        f"{1 / again:.0f} | {base / (again * n):.2f} | | | |"
+    )
 
 
 def main() -> None:
@@ -195,68 +250,21 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    flops, bandwidth = machine(device, dtype)
-    again = encoder_seconds(args.device)
-    print(f"{device}, {dtype}, {flops / 1e9:.0f} GMAC/s, {bandwidth / 1e9:.1f} GB/s; "
-          f"encoding a picture again {again * 1e3:.1f} ms")  # fmt: skip
-    if not args.attention:
-        print(
-            "| N | P | T | form | ms a query | pairs/s | x torch | MB read | floor, ms | x floor |"
-        )
-        print("|--|--|--|--|--|--|--|--|--|--|")
-    shapes = list(itertools.product(args.candidates, args.patches, args.tokens))
+    shapes = itertools.product(args.candidates, args.patches, args.tokens)
     if args.attention:
-        print("\n| N | P | T | one attention | ms a query | pairs/s | x torch |")
+        print("| N | P | T | one attention | ms a query | pairs/s | x torch |")
         print("|--|--|--|--|--|--|--|")
-        for n, p, t in shapes:
-            compare_attention(n, p, t, device, dtype, args.seconds)
+        for shape in shapes:
+            compare_attention(*shape, device, dtype, args.seconds)
         return
-    for n, p, t in shapes:
-        torch.manual_seed(0)
-        head = CrossHead(HeadConfig("cross", C_TEXT, C, GRIDS[p], WIDTH, HEADS)).eval()
-        codes = torch.randint(-127, 128, (1, n, p, C), dtype=torch.int8, device=device)
-        tokens = torch.randn(1, t, C_TEXT, device=device, dtype=dtype)
-        mask = torch.ones(1, t, dtype=torch.bool, device=device)
-        forms: dict[str, nn.Module] = {
-            "torch": TorchHead(head),
-            "projected": hold(head, absorb=False),
-            "absorbed": hold(head, absorb=True),
-            "chosen": head,
-        }
-        if p > 49:
-            for name, rule in (("local", Local()), ("hierarchical", Hierarchical())):
-                forms[name] = hold(head, absorb=True)
-                forms[name].selection = rule
-        for kind in ("shared", "co"):  # other heads of the same width and depth
-            config = HeadConfig(kind, C_TEXT, C, GRIDS[p], WIDTH, HEADS)
-            forms[kind] = build_head(config).eval()
-        floor = max(n * operations(t, p) / flops, n * p * C / bandwidth)
-        base = None
-        for name, module in forms.items():
-            module.to(device, dtype)
-
-            inner = module.head if isinstance(module, TorchHead) else module
-            values = inner.patches_read() * C
-            room = max(1, VALUES_AT_ONCE.get(device.type, 1 << 22) // values)
-            work = functools.partial(judge_in_pieces, module, tokens, mask, codes, room)
-            seconds = timed(work, device, args.seconds)
-            base = base or seconds
-            read = n * p * C
-            if name in ("local", "hierarchical"):
-                assert isinstance(module, CrossHead)
-                with torch.inference_mode():
-                    seen = module.context(tokens, mask, codes[:, :1]).codes.shape[2]
-                read = n * seen * C
-            print(
-                f"| {n} | {p} | {t} | {name} | {seconds * 1e3:.1f} | {n / seconds:.0f} | "
-                f"{base / seconds:.2f} | {read / 1e6:.1f} | {floor * 1e3:.1f} | "
-                f"{seconds / floor:.1f} |",
-                flush=True,
-            )
-        print(
-            f"| {n} | {p} | {t} | encode again (bundled) | {again * n * 1e3:.0f} | "
-            f"{1 / again:.0f} | {base / (again * n):.2f} | | | |"
-        )
+    speed = Speed(*machine(device, dtype), encoder_seconds(args.device))
+    print(f"{device}, {dtype}, {speed.multiplications / 1e9:.0f} GMAC/s, "
+          f"{speed.copied / 1e9:.1f} GB/s; encoding a picture again "
+          f"{speed.encoding * 1e3:.1f} ms")  # fmt: skip
+    print("| N | P | T | form | ms a query | pairs/s | x torch | MB read | floor, ms | x floor |")
+    print("|--|--|--|--|--|--|--|--|--|--|")
+    for shape in shapes:
+        compare_heads(*shape, speed, device, dtype, args.seconds)
 
 
 if __name__ == "__main__":

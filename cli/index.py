@@ -415,15 +415,17 @@ def _loader(
 
         spec = opened.manifest.encoder
         if model is None:
-            return encoder_for(spec, device, precision).drop_text()
-        return load_encoder(
-            model,
-            pretrained,
-            device=device,
-            precision=precision,
-            patch_kind=spec.patch_kind,
-            tiles=spec.tiles,
-        ).drop_text()
+            encoder = encoder_for(spec, device, precision)
+        else:
+            encoder = load_encoder(
+                model,
+                pretrained,
+                device=device,
+                precision=precision,
+                patch_kind=spec.patch_kind,
+                tiles=spec.tiles,
+            )
+        return encoder.drop_text()
 
     return load
 

@@ -104,7 +104,7 @@ class Embedder:
     """One worker of the cluster: holds the model and embeds batch by batch."""
 
     def __init__(self, make: Callable[[], Encoder], row: RowFormat, threads: int) -> None:
-        self._model = make()
+        self._model = make().drop_text()
         self._row = row
         self._threads = ThreadPoolExecutor(threads, "decode")
         # Nothing is known here of other files; the writer sorts out what it has already.

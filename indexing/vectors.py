@@ -144,8 +144,7 @@ class VectorStore:
                     client.upsert(self.collection, part, partition_name=name)
             self._unflushed += len(rows)
             if self.is_lite and self._unflushed >= LITE_FLUSH_ROWS:
-                client.flush(self.collection)
-                self._unflushed = 0
+                self._flush(client)
 
     def delete(self, ids: Sequence[int]) -> None:
         """Remove images; unknown ids are no error."""
@@ -158,8 +157,12 @@ class VectorStore:
         """Make everything written durable and indexed; searches are slow before."""
         with self._errors():
             client = self._open()
-            client.flush(self.collection)
+            self._flush(client)
             self._load(client)
+
+    def _flush(self, client: Any) -> None:
+        client.flush(self.collection)
+        self._unflushed = 0
 
     def ids(self) -> np.ndarray:
         """Return the ids of all images in Milvus, ascending, (M,) int64."""

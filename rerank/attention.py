@@ -110,7 +110,7 @@ class CrossAttention(nn.Module):
             cells = context.cells[:, :, None, None].expand_as(weights)  # (G, N, H, T, P)
             none = weights.new_zeros(*weights.shape[:-1], len(context.place))
             weights = none.scatter_add(4, cells, weights)  # (G, N, H, T, cells)
-        place = self._place(self.v_proj, context)  # (H, cells, d)
+        place = self._split(self._place(self.v_proj, context))  # (H, cells, d)
         value = value + (weights @ place).transpose(2, 3)  # (G, N, T, H, d)
         return self.out_proj(value.flatten(3) + self.v_proj.bias)  # (G, N, T, W)
 
@@ -135,7 +135,7 @@ class CrossAttention(nn.Module):
             raw = folded @ codes.transpose(2, 3)  # (G, N, H*T, P)
         raw = raw * context.gain.unsqueeze(2).to(raw.dtype)  # (G, N, H*T, P)
         raw = raw.unflatten(2, (self.heads, -1))  # (G, N, H, T, P)
-        place = self._place(self.k_proj, context)  # (H, cells, d)
+        place = self._split(self._place(self.k_proj, context))  # (H, cells, d)
         placed = query @ place.transpose(-1, -2)  # (G, n, H, T, cells)
         if context.cells is not None:
             cells = context.cells[:, :, None, None].expand_as(raw)  # (G, N, H, T, P)
@@ -150,22 +150,25 @@ class CrossAttention(nn.Module):
 
     def _query(self, states: Tensor) -> Tensor:
         """Project and scale the states: (G, n, T, W) -> (G, n, H, T, d)."""
-        query = self.q_proj(states).unflatten(3, (self.heads, -1))  # (G, n, T, H, d)
-        return query.transpose(2, 3) * query.shape[-1] ** -0.5  # (G, n, H, T, d)
+        query = self._split(self.q_proj(states))  # (G, n, H, T, d)
+        return query * query.shape[-1] ** -0.5  # (G, n, H, T, d)
+
+    def _split(self, rows: Tensor) -> Tensor:
+        """Give each head its part: (..., R, W) -> (..., H, R, d)."""
+        return rows.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # (..., H, R, d)
 
     def _place(self, projection: nn.Linear, context: Context) -> Tensor:
-        """Project the grid cells' vectors: (H, cells, d)."""
-        table = functional.linear(context.place, projection.weight)  # (cells, W)
-        return table.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # (H, cells, d)
+        """Project the grid cells' vectors: (cells, W)."""
+        return functional.linear(context.place, projection.weight)  # (cells, W)
 
     def _project(self, projection: nn.Linear, context: Context) -> Tensor:
         """Project the patches to keys or values: (G, N, H, P, d)."""
         codes = context.codes.to(projection.weight.dtype)  # (G, N, P, C)
         raw = functional.linear(codes, projection.weight)  # (G, N, P, W)
         raw = raw * context.gain.unsqueeze(-1).to(raw.dtype) + projection.bias  # (G, N, P, W)
-        table = functional.linear(context.place, projection.weight)  # (cells, W)
+        table = self._place(projection, context)  # (cells, W)
         placed = table if context.cells is None else table[context.cells]  # ([G, N,] P, W)
-        return (raw + placed).unflatten(3, (self.heads, -1)).transpose(2, 3)  # (G, N, H, P, d)
+        return self._split(raw + placed)  # (G, N, H, P, d)
 
 
 def absorption_is_cheaper(

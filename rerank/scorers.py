@@ -72,6 +72,12 @@ class Place:
 # Patch values widened at once: near a CPU's cache (measured), and enough to keep a GPU busy.
 VALUES_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 27}
 
+
+def pictures_at_once(device: torch.device, values: int) -> int:
+    """Return how many pictures to judge at once if ``values`` patch values are widened of each."""
+    return max(1, VALUES_AT_ONCE.get(device.type, 1 << 22) // values)
+
+
 Factory = Callable[[str, Place], Scorer]  # (what stands behind "name:", place)
 REGISTRY: dict[str, Factory] = {}
 
@@ -159,8 +165,7 @@ class HeadScorer:
         codes = self._to_device(codes)  # (M, P, C)
         tokens = self._to_device(text.tokens).to(self.dtype)  # (Q, T, C_text)
         safe = self._to_device(rows.clamp_min(0))  # (Q, N)
-        values = self.head.patches_read() * codes.shape[-1]  # of a picture
-        room = max(1, VALUES_AT_ONCE.get(self.device.type, 1 << 22) // values)
+        room = pictures_at_once(self.device, self.head.patches_read() * codes.shape[-1])
         for queries, length, columns in _batches(text.mask, rows.shape[1], room):
             said = tokens[queries, :length]  # (G, T, C_text), T = length: no padding
             mask = said.new_ones(said.shape[:2], dtype=torch.bool)  # (G, T)

@@ -43,7 +43,7 @@ QUERIES_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How to train; the defaults are what docs/rerank.md found best."""
+    """How to train; docs/rerank.md says what the options are worth."""
 
     kind: str = "cross"
     width: int = 256

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from mmsearch.indexing import models
 from mmsearch.indexing.encoder import load_encoder
 from mmsearch.rerank.late import LateScorer
@@ -45,5 +46,6 @@ def test_pointing_game(encoder, name):
     else:
         scorer = load_scorer(name, encoder.spec, device="cpu")
     found = play(encoder, scorer, make_collages(24, seed=3), by="map")
-    assert found["named"] > 1.7 * found["chance"], found
+    assert found["named"] > 2 * found["chance"], found
     assert found["named"] > 2.5 * found["other"], found
+    assert torch.is_grad_enabled()
