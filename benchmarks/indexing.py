@@ -228,7 +228,7 @@ def memory(arguments: argparse.Namespace) -> dict:
 
 def watched(folder: Path, checkpoint: Path, index_folder: Path) -> None:
     """In a process of its own: index a folder twice and tell memory and time."""
-    encoder = load_encoder("ViT-B-32", str(checkpoint)).drop_text()  # as the command does
+    held = [load_encoder("ViT-B-32", str(checkpoint)).drop_text()]  # as the command does
     print(f"{resident():7.0f} MB with the model loaded")
     done, samples = 0, []
     peak = [0.0]
@@ -247,12 +247,12 @@ def watched(folder: Path, checkpoint: Path, index_folder: Path) -> None:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    with ImageIndex.create(index_folder, encoder.spec) as index:
-        first = index.add([folder], encoder, on_event=Events(advanced=advanced))
+    with ImageIndex.create(index_folder, held[0].spec) as index:
+        first = index.add([folder], held.pop, on_event=Events(advanced=advanced))
         print(f"{resident():7.0f} MB after flush and index; peak {peak[0]:.0f} MB")
         over.set()
         thread.join()
-        again = index.add([folder], encoder)
+        again = index.add([folder], held.pop)  # nothing to embed, so nobody asks for the model
     print(f"{first.added:,} in {first.seconds:.1f} s; unchanged again in {again.seconds:.2f} s")
     result = {
         "peak_mb": round(peak[0]),

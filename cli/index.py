@@ -242,7 +242,9 @@ def index(
             rebuild=rebuild,
             wait=wait,
         )
-        load = _already(encoder)
+        held = [encoder]  # handed over once, so that its memory is free when Milvus builds
+        del encoder
+        load = held.pop
     else:
         _refuse_other_rows(Manifest.read(folder), patch_codes, patch_pool, tiles)
         opened = open_index(index, milvus, wait)
@@ -399,10 +401,6 @@ def _new_encoder(
         model, pretrained, device=device, precision=precision, patch_kind=patch_kind, tiles=tiles
     )
     return encoder.drop_text(), why
-
-
-def _already(encoder: Encoder):
-    return lambda: encoder
 
 
 def _loader(

@@ -27,7 +27,7 @@ from .catalog import Catalog, Failure
 from .filters import Condition, Filters
 from .lock import IndexLock
 from .manifest import FILE_NAME, Manifest
-from .pipeline import Events, Job, Plan, Survey, Tally, run
+from .pipeline import Events, Job, Plan, Survey, Tally, return_freed_memory, run
 from .pooling import check_pool
 from .remote_shards import RemoteStorage, is_url
 from .scan import Rules, Walk, split_path
@@ -311,6 +311,7 @@ class ImageIndex:
                     removed=len(plan.missing) - moved,
                 )
             events.stage("building the search index")
+            return_freed_memory()
             self._vectors.flush()
             self._catalog.set_state(_UNFINISHED, None)
         done = report.added + report.moved + report.failed

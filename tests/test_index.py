@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,21 @@ def photos(tmp_path: Path) -> Path:
 def index(tmp_path: Path):
     with ImageIndex.create(tmp_path / "index", SPEC) as made:
         yield made
+
+
+def test_the_model_is_free_when_milvus_builds(tmp_path):
+    """Peak memory comes then; an encoder that was handed over must not be kept."""
+    make_pictures(tmp_path / "pictures", 3)
+    held = [StandIn()]
+    alive = weakref.ref(held[0])
+    seen = []
+
+    def stage(text: str) -> None:
+        seen.append((text, alive()))
+
+    with ImageIndex.create(tmp_path / "index", SPEC) as index:
+        index.add([tmp_path / "pictures"], held.pop, on_event=Events(stage=stage))
+    assert seen == [("building the search index", None)]
 
 
 def test_what_goes_in_is_found(index, photos):
