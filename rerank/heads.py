@@ -27,6 +27,9 @@ from .sparse import Selection
 # Of the start that ``CrossHead.align`` makes: how sharply and softly the two halves of the heads
 # attend, what the rank term begins as, and the size of what is to start near nothing.
 SHARP, SOFT, RANK_SCALE, FAINT = 1.5, 0.2, 8.0, 0.02
+# And how far the picture's edges lie from its middle, as stored in a patch and as attention reads it.
+EDGE, EDGE_READ = 3.0, 2.0
+REACH = 8  # words further apart than this are all equally far
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ class StreamAttention(nn.Module):
         self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, states: Tensor, others: Tensor, bias: Tensor | None) -> Tensor:
-        """Attend from (G, N, S, W) to (G, N, R, W) under a bias (G, 1, 1, 1, R); (G, N, S, W)."""
+        """Attend from (G, N, S, W) to (G, N, R, W) under a bias for (G, N, H, S, R)."""
         query, key = self._split(self.q_proj(states)), self._split(self.k_proj(others))
         value = self._split(self.v_proj(others))  # (G, N, H, R, d)
         seen = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
@@ -226,6 +229,9 @@ class CrossBlock(nn.Module):
 
     The order is ALBEF's (arXiv 2107.07651). Before the first look at a picture the states do not
     depend on it, so the first block's self-attention is computed once a text.
+
+    Tokens know how far apart they are by a learned bias for each head and distance (Raffel et al.,
+    arXiv 1910.10683, 2.1), so that "left" can tell the thing before it from the thing after it.
     """
 
     def __init__(self, config: HeadConfig) -> None:
@@ -233,6 +239,9 @@ class CrossBlock(nn.Module):
         self.self_norm = nn.LayerNorm(config.width) if config.self_attention else None
         self.self_attention = (
             StreamAttention(config.width, config.heads) if config.self_attention else None
+        )
+        self.distance_bias = (
+            nn.Parameter(start_of_distance_bias(config.heads)) if config.self_attention else None
         )
         self.attention_norm = nn.LayerNorm(config.width)
         self.attention = CrossAttention(config.width, config.patch_dim, config.heads)
@@ -249,10 +258,14 @@ class CrossBlock(nn.Module):
 
     def mix(self, states: Tensor, mask: Tensor) -> Tensor:
         """Let the tokens (G, n, T, W) look at each other under a mask (G, T); (G, n, T, W)."""
-        if self.self_attention is None or self.self_norm is None:
+        if self.self_attention is None or self.self_norm is None or self.distance_bias is None:
             return states
         normal = self.self_norm(states)  # (G, n, T, W)
-        mixed = self.self_attention(normal, normal, hiding_bias(mask, states))  # (G, n, T, W)
+        places = torch.arange(states.shape[2], device=states.device)  # (T,)
+        distance = (places - places.unsqueeze(1)).clamp(-REACH, REACH)  # (T, T) of key from query
+        by_distance = self.distance_bias[:, distance + REACH]  # (H, T, T)
+        bias = hiding_bias(mask, states) + by_distance  # (G, 1, H, T, T)
+        mixed = self.self_attention(normal, normal, bias)  # (G, n, T, W)
         return states + self.dropout(mixed)  # (G, n, T, W)
 
     def looks(self, states: Tensor, mask: Tensor, context: Context) -> Tensor:
@@ -300,8 +313,13 @@ class CrossHead(Head):
         directions that matter most, the other half what its attention brought back, v; half of
         the heads attend sharply, half softly. In the feed-forward network
         ``z gelu(z) + (-z) gelu(-z) = z^2``, so with z = s_i + v_i its sum holds s . v; it is
-        written along one direction, which the rank layer reads. What follows starts near the
-        identity.
+        written along one direction, which the rank layer reads. Other units start at random, and
+        what follows starts near the identity.
+
+        Such a similarity cannot hear "left of". So every eighth number of s holds what the
+        contrastive space does not know of the token, and that of v where attention looked: across
+        the picture or down it, in turn. Places start as a ramp along the two directions that
+        patches use least.
 
         Args:
             captions: K captions' token states, (T_k, C_text) each.
@@ -309,34 +327,45 @@ class CrossHead(Head):
             patches: (M, P, C) of a sample of pictures.
         """
         width, half = self.config.width, self.config.width // 2
+        spare = torch.arange(7, half, 8)  # of s and v, for what is no similarity
         unit = (patches.float() * normalising_gain(patches).unsqueeze(-1)).flatten(0, 1)  # (MP, C)
         mean = unit.mean(dim=0)  # (C,)
-        self.rows -= mean
         normal = [nn.functional.layer_norm(each.float(), each.shape[1:]) for each in captions]
         to_space = _ridge(torch.stack([each.mean(dim=0) for each in normal]), pooled.float())
         tokens = torch.cat(normal)  # (L, C_text)
         said = (tokens - tokens.mean(dim=0)) @ to_space  # (L, C)
         seen = unit - mean  # (MP, C)
-        spread = said.T @ said / said.pow(2).mean() / len(said) + seen.T @ seen / len(seen)
+        spread_seen = seen.T @ seen / len(seen)  # (C, C)
+        spread = said.T @ said / said.pow(2).mean() / len(said) + spread_seen  # (C, C)
         basis = torch.linalg.eigh(spread).eigenvectors[:, -half:].T  # (W/2, C), as far as C goes
         basis = nn.functional.pad(basis, (0, 0, 0, half - len(basis)))  # (W/2, C)
         basis = torch.linalg.qr(torch.randn(half, half)).Q @ basis  # (W/2, C), heads share alike
         into = basis @ to_space.T  # (W/2, C_text)
         into = into / (tokens @ into.T).std(dim=0).mean()  # (W/2, C_text)
+        into[spare] = _unsaid(tokens, into, len(spare))
         self.text_proj.weight.zero_()
         self.text_proj.bias.zero_()
         self.text_proj.weight[:half] = into
         self.text_proj.bias[:half] = -(tokens @ into.T).mean(dim=0)
+        across, down = torch.linalg.eigh(spread_seen).eigenvectors[:, :2].T  # (C,) each
+        grid = self.config.grid
+        self.rows.add_(torch.linspace(-EDGE, EDGE, grid.height).unsqueeze(1) * down - mean)
+        self.columns.add_(torch.linspace(-EDGE, EDGE, grid.width).unsqueeze(1) * across)
+        keys, values = basis.clone(), basis.clone()  # (W/2, C)
+        keys[spare] = 0
+        values[spare[::2]], values[spare[1::2]] = (way * EDGE_READ / EDGE for way in (across, down))
         eye = torch.eye(half)
         both = torch.cat([eye, eye], dim=1)  # (W/2, W)
         for at, block in enumerate(self.blocks):
             assert isinstance(block, CrossBlock)
             attention = block.attention
             attention.q_proj.weight[:, :half] = torch.cat([eye * SHARP, eye * SOFT])
-            attention.k_proj.weight.copy_(torch.cat([basis, basis]))
-            attention.v_proj.weight.copy_(torch.cat([basis, basis]))
-            quiet = [attention.out_proj, *([block.ffn.out] if at else [])]
-            if block.self_attention is not None:
+            attention.k_proj.weight.copy_(torch.cat([keys, keys]))
+            attention.v_proj.weight.copy_(torch.cat([values, values]))
+            quiet = [attention.out_proj]
+            if at:
+                quiet.append(block.ffn.out)
+            elif block.self_attention is not None:
                 quiet.append(block.self_attention.out_proj)
             for layer in quiet:
                 layer.weight.mul_(FAINT)
@@ -345,14 +374,16 @@ class CrossHead(Head):
         first = self.blocks[0]
         assert isinstance(first, CrossBlock)
         first.attention.out_proj.weight[half:] += 0.5 * both
-        copies = 2 * self.config.ffn_ratio
-        squares = torch.cat([both, -both]).repeat(copies, 1)  # (2 * ratio * W, W)
-        first.ffn.into.weight.mul_(FAINT).add_(squares)
-        first.ffn.into.bias.zero_()
+        ffn = first.ffn
+        squares = torch.cat([both, -both])  # (W, W)
+        value, gate = ffn.into.weight.mul_(2).chunk(2)  # (ratio * W, W) each
+        value[:width], gate[:width] = squares, squares
+        ffn.into.bias.zero_()
         direction = torch.zeros(width)  # (W,)
         direction[:half] = torch.randint(0, 2, (half,)) * 2.0 - 1
-        first.ffn.out.weight.copy_(direction[:, None] / first.ffn.out.in_features)
-        first.ffn.out.bias.zero_()
+        ffn.out.weight.mul_(FAINT)
+        ffn.out.weight[:, :width] = direction[:, None] / width
+        ffn.out.bias.zero_()
         self.pool.weight.zero_()
         self.rank.weight.copy_(direction[None] * RANK_SCALE / half)
 
@@ -453,6 +484,30 @@ def _ridge(given: Tensor, wanted: Tensor) -> Tensor:
     gram = given.T @ given  # (A, A)
     ridge = 1e-2 * gram.diagonal().mean().clamp_min(1e-6) * torch.eye(len(gram))  # (A, A)
     return torch.linalg.solve(gram + ridge, given.T @ wanted)  # (A, B)
+
+
+def _unsaid(tokens: Tensor, into: Tensor, count: int) -> Tensor:
+    """Return directions (count, C_text) in which tokens (L, C_text) differ most beside ``into``."""
+    centred = tokens - tokens.mean(dim=0)  # (L, C_text)
+    known = torch.linalg.qr(into.T).Q  # (C_text, W/2)
+    rest = centred - centred @ known @ known.T  # (L, C_text)
+    variance, ways = torch.linalg.eigh(rest.T @ rest / len(rest))  # (C_text,), (C_text, C_text)
+    white = ways[:, -4 * count :] / variance[-4 * count :].clamp_min(1e-6).sqrt()
+    mixture = torch.linalg.qr(torch.randn(white.shape[1], count)).Q  # (4 * count, count)
+    chosen = (white @ mixture).T  # (count, C_text)
+    return chosen / (tokens @ chosen.T).std(dim=0).unsqueeze(1).clamp_min(1e-6)  # (count, C_text)
+
+
+def start_of_distance_bias(heads: int) -> Tensor:
+    """Return (H, 2 * REACH + 1): of four heads, one looks back, one ahead and two at all alike.
+
+    The nearer a word, the more it counts, as in ALiBi (Press et al., arXiv 2108.12409).
+    """
+    distance = torch.arange(-REACH, REACH + 1.0)  # (2 * REACH + 1,), of key from query
+    back = torch.where(distance < 0, 1 + distance / 2, -3.0)  # (2 * REACH + 1,)
+    even = torch.zeros_like(back)  # (2 * REACH + 1,)
+    kinds = (back, back.flip(0), even, even)
+    return torch.stack([kinds[head % 4] for head in range(heads)])  # (H, 2 * REACH + 1)
 
 
 def hiding_bias(mask: Tensor, like: Tensor) -> Tensor:
