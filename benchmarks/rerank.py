@@ -20,6 +20,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -213,6 +214,8 @@ def compare_heads(
     for kind in ("shared", "co"):  # other heads of the same width and depth
         config = HeadConfig(kind, C_TEXT, C, GRIDS[p], WIDTH, HEADS)
         forms[kind] = build_head(config).eval()
+    meeting = replace(head.config, self_attention=True)  # what `mmsearch train` makes
+    forms["chosen, words meet"] = build_head(meeting).eval()
     floor = max(n * operations(t, p) / speed.multiplications, n * p * C / speed.copied)
     base = 0.0
     for name, module in forms.items():

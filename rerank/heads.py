@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -24,11 +23,6 @@ from ..core.types import Grid
 from .attention import Context, CrossAttention, normalising_gain
 from .sparse import Selection
 
-# Of the start that ``CrossHead.align`` makes: how sharply and softly the two halves of the heads
-# attend, what the rank term begins as, and the size of what is to start near nothing.
-SHARP, SOFT, RANK_SCALE, FAINT = 1.5, 0.2, 8.0, 0.02
-# And how far the picture's edges lie from its middle, as stored in a patch and as attention reads it.
-EDGE, EDGE_READ = 3.0, 2.0
 REACH = 8  # words further apart than this are all equally far
 
 
@@ -304,89 +298,6 @@ class CrossHead(Head):
             states = block(states, mask, context)  # (G, N, T, W)
         return states
 
-    @torch.no_grad()
-    def align(self, captions: Sequence[Tensor], pooled: Tensor, patches: Tensor) -> None:
-        """Start as a similarity of tokens and patches in the encoder's contrastive space.
-
-        Call once, before training, in place of ``fit_context``; the patches must lie in that space.
-        A ridge regression brings tokens there. Half of a state's width holds the token s in the
-        directions that matter most, the other half what its attention brought back, v; half of
-        the heads attend sharply, half softly. In the feed-forward network
-        ``z gelu(z) + (-z) gelu(-z) = z^2``, so with z = s_i + v_i its sum holds s . v; it is
-        written along one direction, which the rank layer reads. Other units start at random, and
-        what follows starts near the identity.
-
-        Such a similarity cannot hear "left of". So every eighth number of s holds what the
-        contrastive space does not know of the token, and that of v where attention looked: across
-        the picture or down it, in turn. Places start as a ramp along the two directions that
-        patches use least.
-
-        Args:
-            captions: K captions' token states, (T_k, C_text) each.
-            pooled: (K, C) their vectors in the contrastive space.
-            patches: (M, P, C) of a sample of pictures.
-        """
-        width, half = self.config.width, self.config.width // 2
-        spare = torch.arange(7, half, 8)  # of s and v, for what is no similarity
-        unit = (patches.float() * normalising_gain(patches).unsqueeze(-1)).flatten(0, 1)  # (MP, C)
-        mean = unit.mean(dim=0)  # (C,)
-        normal = [nn.functional.layer_norm(each.float(), each.shape[1:]) for each in captions]
-        to_space = _ridge(torch.stack([each.mean(dim=0) for each in normal]), pooled.float())
-        tokens = torch.cat(normal)  # (L, C_text)
-        said = (tokens - tokens.mean(dim=0)) @ to_space  # (L, C)
-        seen = unit - mean  # (MP, C)
-        spread_seen = seen.T @ seen / len(seen)  # (C, C)
-        spread = said.T @ said / said.pow(2).mean() / len(said) + spread_seen  # (C, C)
-        basis = torch.linalg.eigh(spread).eigenvectors[:, -half:].T  # (W/2, C), as far as C goes
-        basis = nn.functional.pad(basis, (0, 0, 0, half - len(basis)))  # (W/2, C)
-        basis = torch.linalg.qr(torch.randn(half, half)).Q @ basis  # (W/2, C), heads share alike
-        into = basis @ to_space.T  # (W/2, C_text)
-        into = into / (tokens @ into.T).std(dim=0).mean()  # (W/2, C_text)
-        into[spare] = _unsaid(tokens, into, len(spare))
-        self.text_proj.weight.zero_()
-        self.text_proj.bias.zero_()
-        self.text_proj.weight[:half] = into
-        self.text_proj.bias[:half] = -(tokens @ into.T).mean(dim=0)
-        across, down = torch.linalg.eigh(spread_seen).eigenvectors[:, :2].T  # (C,) each
-        grid = self.config.grid
-        self.rows.add_(torch.linspace(-EDGE, EDGE, grid.height).unsqueeze(1) * down - mean)
-        self.columns.add_(torch.linspace(-EDGE, EDGE, grid.width).unsqueeze(1) * across)
-        keys, values = basis.clone(), basis.clone()  # (W/2, C)
-        keys[spare] = 0
-        values[spare[::2]], values[spare[1::2]] = (way * EDGE_READ / EDGE for way in (across, down))
-        eye = torch.eye(half)
-        both = torch.cat([eye, eye], dim=1)  # (W/2, W)
-        for at, block in enumerate(self.blocks):
-            assert isinstance(block, CrossBlock)
-            attention = block.attention
-            attention.q_proj.weight[:, :half] = torch.cat([eye * SHARP, eye * SOFT])
-            attention.k_proj.weight.copy_(torch.cat([keys, keys]))
-            attention.v_proj.weight.copy_(torch.cat([values, values]))
-            quiet = [attention.out_proj]
-            if at:
-                quiet.append(block.ffn.out)
-            elif block.self_attention is not None:
-                quiet.append(block.self_attention.out_proj)
-            for layer in quiet:
-                layer.weight.mul_(FAINT)
-            for layer in (attention.q_proj, attention.k_proj, attention.v_proj, *quiet):
-                layer.bias.zero_()
-        first = self.blocks[0]
-        assert isinstance(first, CrossBlock)
-        first.attention.out_proj.weight[half:] += 0.5 * both
-        ffn = first.ffn
-        squares = torch.cat([both, -both])  # (W, W)
-        value, gate = ffn.into.weight.mul_(2).chunk(2)  # (ratio * W, W) each
-        value[:width], gate[:width] = squares, squares
-        ffn.into.bias.zero_()
-        direction = torch.zeros(width)  # (W,)
-        direction[:half] = torch.randint(0, 2, (half,)) * 2.0 - 1
-        ffn.out.weight.mul_(FAINT)
-        ffn.out.weight[:, :width] = direction[:, None] / width
-        ffn.out.bias.zero_()
-        self.pool.weight.zero_()
-        self.rank.weight.copy_(direction[None] * RANK_SCALE / half)
-
     def context_layers(self) -> list[nn.Linear]:
         """Return the key and value projections."""
         layers = []
@@ -476,26 +387,6 @@ class SharedHead(TwoStreamHead):
         share = image.new_full((len(mask), image.shape[2]), -math.log(self.finer))  # (G, P)
         text = hiding_bias(mask, image)  # (G, 1, 1, 1, T)
         return torch.cat([text, share[:, None, None, None]], dim=-1)  # (G, 1, 1, 1, T+P)
-
-
-def _ridge(given: Tensor, wanted: Tensor) -> Tensor:
-    """Return the matrix (A, B) that best turns what is given (K, A) into what is wanted (K, B)."""
-    given, wanted = given - given.mean(dim=0), wanted - wanted.mean(dim=0)
-    gram = given.T @ given  # (A, A)
-    ridge = 1e-2 * gram.diagonal().mean().clamp_min(1e-6) * torch.eye(len(gram))  # (A, A)
-    return torch.linalg.solve(gram + ridge, given.T @ wanted)  # (A, B)
-
-
-def _unsaid(tokens: Tensor, into: Tensor, count: int) -> Tensor:
-    """Return directions (count, C_text) in which tokens (L, C_text) differ most beside ``into``."""
-    centred = tokens - tokens.mean(dim=0)  # (L, C_text)
-    known = torch.linalg.qr(into.T).Q  # (C_text, W/2)
-    rest = centred - centred @ known @ known.T  # (L, C_text)
-    variance, ways = torch.linalg.eigh(rest.T @ rest / len(rest))  # (C_text,), (C_text, C_text)
-    white = ways[:, -4 * count :] / variance[-4 * count :].clamp_min(1e-6).sqrt()
-    mixture = torch.linalg.qr(torch.randn(white.shape[1], count)).Q  # (4 * count, count)
-    chosen = (white @ mixture).T  # (count, C_text)
-    return chosen / (tokens @ chosen.T).std(dim=0).unsqueeze(1).clamp_min(1e-6)  # (count, C_text)
 
 
 def start_of_distance_bias(heads: int) -> Tensor:

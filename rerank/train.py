@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..core.errors import InputError, ModelError
+from .alignment import align
 from .checkpoint import Calibration, Fusion, HeadCard, save_head
 from .dataset import TrainingSet
 from .fitting import Fit, Judged, calibrate, fit_fusion, paired_p, spread_scale
@@ -217,7 +218,7 @@ class _Run:
         if isinstance(self.head, CrossHead) and in_space and self.options.align:
             rows = data.captions_of(data.train)[:ALIGN_SAMPLE]
             tokens = [data.captions.tokens[row].float() for row in rows]
-            self.head.align(tokens, data.captions.pooled[rows], patches)
+            align(self.head, tokens, data.captions.pooled[rows], patches)
         else:
             self.head.fit_context(patches)
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmsearch.core.types import Grid
+from mmsearch.rerank.alignment import align
 from mmsearch.rerank.attention import Context, CrossAttention, normalising_gain
 from mmsearch.rerank.heads import HEADS, CrossHead, HeadConfig, build_head
 from torch import nn
@@ -203,8 +204,40 @@ def test_an_aligned_head_starts_as_a_similarity(mixing):
     patches = things[named].repeat(1, 2, 1) + 0.05 * torch.randn(200, 6, 24)
     config = HeadConfig("cross", 20, 24, Grid(2, 3), width=48, self_attention=mixing)
     head = CrossHead(config).eval()
-    head.align(captions, pooled, patches)
+    align(head, captions, pooled, patches)
     tokens, mask = torch.stack(captions[:20]), torch.ones(20, 3, dtype=torch.bool)
     rank = head.judge(tokens, mask, patches[None, :20]).rank  # (text, picture)
     first = (rank.argmax(1) == torch.arange(20)).float().mean()
     assert first > 0.8, first
+
+
+def test_words_that_meet_know_their_order():
+    """Without self-attention a text is a bag of tokens; with it, who comes before whom counts."""
+    torch.manual_seed(0)
+    tokens, mask = torch.randn(1, 5, 12), torch.ones(1, 5, dtype=torch.bool)
+    patches = torch.randn(1, 6, 10)
+    swapped = tokens[:, [0, 3, 2, 1, 4]]
+    for meet in (False, True):
+        config = HeadConfig("cross", 12, 10, Grid(2, 3), width=16, self_attention=meet)
+        head = CrossHead(config).eval()
+        head.rank.weight.data.normal_()
+        apart = (head(tokens, mask, patches).rank - head(swapped, mask, patches).rank).abs()
+        assert (apart.item() > 1e-3) == meet, apart
+
+
+def test_an_aligned_head_reads_where_it_looked():
+    """Of its spare numbers, half grow with the column of what was seen, half with the row."""
+    torch.manual_seed(0)
+    grid, named = Grid(4, 4), nn.functional.normalize(torch.randn(24), dim=0)
+    noise = torch.randn(64, 16, 24) * torch.linspace(0.05, 1, 24)  # channels of different spread
+    captions = [named[None] + torch.randn(3, 24) for _ in range(64)]
+    pooled = nn.functional.normalize(torch.stack([each.mean(0) for each in captions]), dim=-1)
+    head = CrossHead(HeadConfig("cross", 24, 24, grid, width=128)).eval()
+    align(head, captions, pooled, noise)
+    seen = torch.randn(1, 1, 24).expand(1, 16, 24)  # alike everywhere: only the place differs
+    context = head.context(torch.zeros(1, 1, 24), torch.ones(1, 1, dtype=torch.bool), seen[None])
+    values = context.values()[0, 0]  # (P, C)
+    read = head.blocks[0].attention.v_proj(values)[:, 7:64:8].unflatten(0, (4, 4))  # (h, w, spare)
+    steps = {"across": read.diff(dim=1).mean((0, 1)), "down": read.diff(dim=0).mean((0, 1))}
+    assert (steps["across"][::2] > 1).all() and (steps["across"][1::2].abs() < 0.2).all(), steps
+    assert (steps["down"][1::2] > 1).all() and (steps["down"][::2].abs() < 0.2).all(), steps

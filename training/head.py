@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 from mmsearch.core.types import Grid
+from mmsearch.rerank.alignment import align
 from mmsearch.rerank.heads import CrossHead, HeadConfig
 from texts import encode_states
 from torch import nn
@@ -263,7 +264,7 @@ def main() -> None:
     said = [s.float() for per in features.states[:400] for s in per]  # (T, 384) each
     means = torch.stack([s.mean(0) for s in said])  # (K, 384)
     pooled = F.normalize(model.txt_proj(means), dim=-1)  # (K, 320)
-    head.align(said, pooled, features.patches[0, :1000])
+    align(head, said, pooled, features.patches[0, :1000])
     ema = Ema(head, 0.995)
     vectors = [p for p in head.parameters() if p.ndim < 2]
     if cosine is not None:
