@@ -9,7 +9,7 @@ Each line judges N candidates of one text with the same two-block head: text sta
 four heads, patches of width 320 in int8. ``torch`` swaps in nn.MultiheadAttention with the same
 weights over patches widened and placed as it needs them; ``shared`` and ``co`` are the other kinds
 of head, for which nothing can be computed before the query is known. The floor counts
-multiplications at the machine's measured matrix speed and bytes at its measured copy speed,
+multiplications at the machine's measured matrix speed and bytes at the speed it copies with,
 whichever takes longer.
 """
 
@@ -83,7 +83,7 @@ class TorchHead(nn.Module):
         values = self.head.context(tokens, mask, codes).values()[0]  # (N, P, C)
         states = self.head.embed(tokens)[0].expand(len(values), -1, -1)  # (N, T, W)
         for block, attention in zip(self.head.blocks, self.attentions, strict=True):
-            states = block.mix(states, mask)
+            assert block.words is None
             query = block.attention_norm(states)
             states = states + attention(query, values, values, need_weights=False)[0]
             states = states + block.ffn(block.ffn_norm(states))
@@ -130,7 +130,7 @@ class Speed(NamedTuple):
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Measured multiplications a second of a matrix product, and bytes a second of a read."""
+    """Measured multiplications a second of a matrix product, and bytes a second of a copy."""
     side = 1024 if device.type == "cpu" else 8192
     a = torch.randn(side, side, device=device, dtype=dtype)
     flops = side**3 / timed(lambda: a @ a, device, 0.3)

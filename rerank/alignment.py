@@ -2,14 +2,15 @@
 
 Half of a state's width holds the token, s, in the directions of that space that matter most; the
 other half what its attention brought back, v. In the first feed-forward network
-``z gelu(z) + (-z) gelu(-z) = z^2``, so with z = s_i + v_i its sum holds s . v, a similarity. It is
-written along one direction, which the rank layer reads. Its other units start at random, and what
-follows starts near the identity.
+``z gelu(z) + (-z) gelu(-z) = z^2``, so with z = s_i + v_i the sum over i holds s . v, a similarity.
+It is written along one direction, which the rank layer reads. The network's other units start at
+random and are hardly heard; later looks at the picture and later networks add next to nothing.
 
 Such a similarity cannot hear "left of". So every eighth number of s holds what the contrastive
 space does not know of the token, and that of v where attention looked: across the picture or down
-it, in turn. Places start as a ramp along the two directions that patches use least. Without these
-numbers, a head never learned left from right in our trials (docs/rerank.md).
+it, in turn. Places start as a ramp along the two directions that patches use least, and later
+self-attention starts at full strength, to bring together what two words saw. With any of this left
+out, heads learned colours but hardly left from right (docs/rerank.md).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .heads import CrossBlock, CrossHead
 SHARP, SOFT, RANK_SCALE, FAINT = 1.5, 0.2, 8.0, 0.02
 # How far the edges lie from the middle of the picture, in a patch and as attention reads it.
 EDGE, EDGE_READ = 3.0, 2.0
+NARROWEST = 32  # a head's width, that there be a spare number across the picture and one down it
 
 
 @torch.no_grad()
@@ -34,7 +36,8 @@ def align(head: CrossHead, captions: Sequence[Tensor], pooled: Tensor, patches: 
     """Set an untrained head's weights as the module says, in place of ``fit_context``.
 
     Args:
-        head: takes patches that lie in the encoder's contrastive space.
+        head: of an even width from NARROWEST on, on the CPU; takes patches that lie in the
+            encoder's contrastive space.
         captions: K captions' token states, (T_k, C_text) each.
         pooled: (K, C) their vectors in the contrastive space.
         patches: (M, P, C) of a sample of pictures.
@@ -43,7 +46,8 @@ def align(head: CrossHead, captions: Sequence[Tensor], pooled: Tensor, patches: 
     spare = torch.arange(7, half, 8)  # of s and v, for what is no similarity
     unit = (patches.float() * normalising_gain(patches).unsqueeze(-1)).flatten(0, 1)  # (MP, C)
     mean = unit.mean(dim=0)  # (C,)
-    seen = (unit - mean).T @ (unit - mean) / len(unit)  # (C, C)
+    unit -= mean  # (MP, C)
+    seen = unit.T @ unit / len(unit)  # (C, C)
     normal = [nn.functional.layer_norm(each.float(), each.shape[1:]) for each in captions]
     to_space = _ridge(torch.stack([each.mean(dim=0) for each in normal]), pooled.float())
     tokens = torch.cat(normal)  # (L, C_text)
@@ -55,7 +59,7 @@ def align(head: CrossHead, captions: Sequence[Tensor], pooled: Tensor, patches: 
     _start_tokens(head, tokens, basis @ to_space.T, spare)
     across, down = torch.linalg.eigh(seen).eigenvectors[:, :2].T  # (C,) each, used least
     _start_places(head, mean, across, down)
-    keys, values = basis.clone(), basis  # (W/2, C)
+    keys, values = basis.clone(), basis.clone()  # (W/2, C)
     keys[spare] = 0
     values[spare[::2]] = across * EDGE_READ / EDGE
     values[spare[1::2]] = down * EDGE_READ / EDGE
@@ -65,12 +69,14 @@ def align(head: CrossHead, captions: Sequence[Tensor], pooled: Tensor, patches: 
 
 def _start_tokens(head: CrossHead, tokens: Tensor, into: Tensor, spare: Tensor) -> None:
     """Let s be what ``into`` (W/2, C_text) makes of tokens (L, C_text), but for the spare ones."""
+    half = len(into)
     into = into / (tokens @ into.T).std(dim=0).mean()  # (W/2, C_text)
-    into[spare] = _unsaid(tokens, into, len(spare))
+    unsaid = _unsaid(tokens, into, len(spare))  # (spare, C_text)
+    into[spare] = unsaid
     head.text_proj.weight.zero_()
     head.text_proj.bias.zero_()
-    head.text_proj.weight[: len(into)] = into
-    head.text_proj.bias[: len(into)] = -(tokens @ into.T).mean(dim=0)
+    head.text_proj.weight[:half] = into
+    head.text_proj.bias[:half] = -(tokens @ into.T).mean(dim=0)
 
 
 def _unsaid(tokens: Tensor, into: Tensor, count: int) -> Tensor:
@@ -88,30 +94,37 @@ def _unsaid(tokens: Tensor, into: Tensor, count: int) -> Tensor:
 def _start_places(head: CrossHead, mean: Tensor, across: Tensor, down: Tensor) -> None:
     """Centre the patches and add how far right and how far down each lies; (C,) each."""
     height, width = head.config.grid
-    head.rows.add_(torch.linspace(-EDGE, EDGE, height).unsqueeze(1) * down - mean)  # (h, C)
-    head.columns.add_(torch.linspace(-EDGE, EDGE, width).unsqueeze(1) * across)  # (w, C)
+    head.rows.add_(_ramp(height).unsqueeze(1) * down - mean)  # (h, C)
+    head.columns.add_(_ramp(width).unsqueeze(1) * across)  # (w, C)
+
+
+def _ramp(cells: int) -> Tensor:
+    """Return where each of some cells lies, (cells,): from one edge to the other; one lies amid."""
+    return torch.linspace(-EDGE, EDGE, cells) if cells > 1 else torch.zeros(1)
 
 
 def _start_attention(head: CrossHead, keys: Tensor, values: Tensor) -> None:
-    """Let the first block bring back v from where keys (W/2, C) are like s; quieten the others."""
-    eye = torch.eye(len(keys))
+    """Let the first block bring back v from where keys (W/2, C) are like s; quieten later looks."""
+    half = len(keys)
+    eye = torch.eye(half)
     for at, block in enumerate(head.blocks):
         assert isinstance(block, CrossBlock)
         attention = block.attention
-        attention.q_proj.weight[:, : len(eye)] = torch.cat([eye * SHARP, eye * SOFT])
+        attention.q_proj.weight[:, :half] = torch.cat([eye * SHARP, eye * SOFT])
         attention.k_proj.weight.copy_(torch.cat([keys, keys]))
         attention.v_proj.weight.copy_(torch.cat([values, values]))
         quiet = [attention.out_proj]
         if at:
             quiet.append(block.ffn.out)
-        elif block.self_attention is not None:
-            quiet.append(block.self_attention.out_proj)
+        elif block.words is not None:
+            quiet.append(block.words.attention.out_proj)
         for layer in quiet:
             layer.weight.mul_(FAINT)
         for layer in (attention.q_proj, attention.k_proj, attention.v_proj, *quiet):
             layer.bias.zero_()
         if not at:
-            attention.out_proj.weight[len(eye) :] += 0.5 * torch.cat([eye, eye], dim=1)
+            # The mean of what sharp and soft heads brought.
+            attention.out_proj.weight[half:] += 0.5 * torch.cat([eye, eye], dim=1)
 
 
 def _start_similarity(head: CrossHead) -> None:
@@ -121,7 +134,7 @@ def _start_similarity(head: CrossHead) -> None:
     ffn, width, half = first.ffn, head.config.width, head.config.width // 2
     both = torch.eye(half).repeat(1, 2)  # (W/2, W)
     squares = torch.cat([both, -both])  # (W, W)
-    value, gate = ffn.into.weight.mul_(2).chunk(2)  # (ratio * W, W) each
+    value, gate = ffn.into.weight.mul_(2).chunk(2)  # (ratio * W, W) each; random, but not faint
     value[:width], gate[:width] = squares, squares
     ffn.into.bias.zero_()
     direction = torch.zeros(width)  # (W,)

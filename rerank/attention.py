@@ -39,9 +39,10 @@ class Context:
     bias: Tensor | None = None  # (G, N, P) added to the logits; -inf hides a patch
 
     def values(self) -> Tensor:
-        """Return the patches written out, (G, N, P, C): for checks, not for speed."""
+        """Return the patches written out, (G, N, P, C), in the precision of the places."""
         place = self.place if self.cells is None else self.place[self.cells]  # ([G, N,] P, C)
-        return self.codes.to(place.dtype) * self.gain.unsqueeze(-1) + place  # (G, N, P, C)
+        gain = self.gain.unsqueeze(-1).to(place.dtype)  # (G, N, P, 1)
+        return self.codes.to(place.dtype) * gain + place  # (G, N, P, C)
 
 
 def normalising_gain(codes: Tensor) -> Tensor:
@@ -92,7 +93,9 @@ class CrossAttention(nn.Module):
         query = self._query(states).expand(shape)  # (G, N, H, T, d)
         key = self._project(self.k_proj, context).expand(shape)  # (G, N, H, P, d)
         value = self._project(self.v_proj, context).expand(shape)  # (G, N, H, P, d)
-        bias = None if context.bias is None else context.bias[:, :, None, None]  # (G, N, 1, 1, P)
+        bias = context.bias  # (G, N, P)
+        if bias is not None:
+            bias = bias[:, :, None, None].to(query.dtype)  # (G, N, 1, 1, P)
         pooled = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, scale=1.0
         )  # (G, N, H, T, d)
@@ -145,7 +148,8 @@ class CrossAttention(nn.Module):
     def _weights(self, query: Tensor, codes: Tensor, context: Context) -> Tensor:
         logits = self.logits(query, codes, context)  # (G, N, H, T, P)
         if context.bias is not None:
-            logits = logits + context.bias[:, :, None, None]  # (G, N, H, T, P)
+            bias = context.bias.to(logits.dtype)  # (G, N, P)
+            logits = logits + bias[:, :, None, None]  # (G, N, H, T, P)
         return logits.softmax(dim=-1)  # (G, N, H, T, P)
 
     def _query(self, states: Tensor) -> Tensor:

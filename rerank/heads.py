@@ -54,7 +54,7 @@ class HeadConfig:
 class HeadOutput(NamedTuple):
     """What a head says of pairs of a text and a picture; shapes (B, ...) or (G, N, ...)."""
 
-    rank: Tensor  # (B,) added to the scaled coarse score; zero before training
+    rank: Tensor  # (B,) added to the scaled coarse score; zero before training, unless aligned
     match: Tensor  # (B,) logit that the text describes the picture
     token_weights: Tensor  # (B, T) share of each token in the pooling; zero on padding
 
@@ -74,7 +74,7 @@ class Head(nn.Module, ABC):
         self.pool = nn.Linear(config.width, 1)
         self.rank = nn.Linear(config.width, 1)
         self.match = nn.Linear(config.width, 1)
-        nn.init.zeros_(self.rank.weight)  # an untrained head leaves the coarse order alone
+        nn.init.zeros_(self.rank.weight)  # untrained, it leaves the coarse order alone
         nn.init.zeros_(self.rank.bias)
 
     def forward(self, tokens: Tensor, mask: Tensor, patches: Tensor) -> HeadOutput:
@@ -218,25 +218,39 @@ class StreamAttention(nn.Module):
         return stream.unflatten(3, (self.heads, -1)).transpose(2, 3)
 
 
+class WordAttention(nn.Module):
+    """Pre-norm self-attention among the tokens of a text, which know how far apart they are.
+
+    A bias is learned for each head and distance (Raffel et al., arXiv 1910.10683, 2.1), so that
+    "left" can tell the thing before it from the thing after it.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = StreamAttention(width, heads)
+        self.distance_bias = nn.Parameter(start_of_distance_bias(heads))  # (H, 2 * REACH + 1)
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Return what tokens (G, n, T, W) learn of each other under a mask (G, T)."""
+        places = torch.arange(states.shape[2], device=states.device)  # (T,)
+        distance = (places - places.unsqueeze(1)).clamp(-REACH, REACH)  # (T, T) of key from query
+        by_distance = self.distance_bias[:, distance + REACH]  # (H, T, T)
+        bias = hiding_bias(mask, states) + by_distance  # (G, 1, H, T, T)
+        states = self.norm(states)  # (G, n, T, W)
+        return self.attention(states, states, bias)  # (G, n, T, W)
+
+
 class CrossBlock(nn.Module):
     """Pre-norm attention among the tokens (if asked for), to the patches, then feed-forward.
 
     The order is ALBEF's (arXiv 2107.07651). Before the first look at a picture the states do not
     depend on it, so the first block's self-attention is computed once a text.
-
-    Tokens know how far apart they are by a learned bias for each head and distance (Raffel et al.,
-    arXiv 1910.10683, 2.1), so that "left" can tell the thing before it from the thing after it.
     """
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
-        self.self_norm = nn.LayerNorm(config.width) if config.self_attention else None
-        self.self_attention = (
-            StreamAttention(config.width, config.heads) if config.self_attention else None
-        )
-        self.distance_bias = (
-            nn.Parameter(start_of_distance_bias(config.heads)) if config.self_attention else None
-        )
+        self.words = WordAttention(config.width, config.heads) if config.self_attention else None
         self.attention_norm = nn.LayerNorm(config.width)
         self.attention = CrossAttention(config.width, config.patch_dim, config.heads)
         self.ffn_norm = nn.LayerNorm(config.width)
@@ -252,15 +266,9 @@ class CrossBlock(nn.Module):
 
     def mix(self, states: Tensor, mask: Tensor) -> Tensor:
         """Let the tokens (G, n, T, W) look at each other under a mask (G, T); (G, n, T, W)."""
-        if self.self_attention is None or self.self_norm is None or self.distance_bias is None:
+        if self.words is None:
             return states
-        normal = self.self_norm(states)  # (G, n, T, W)
-        places = torch.arange(states.shape[2], device=states.device)  # (T,)
-        distance = (places - places.unsqueeze(1)).clamp(-REACH, REACH)  # (T, T) of key from query
-        by_distance = self.distance_bias[:, distance + REACH]  # (H, T, T)
-        bias = hiding_bias(mask, states) + by_distance  # (G, 1, H, T, T)
-        mixed = self.self_attention(normal, normal, bias)  # (G, n, T, W)
-        return states + self.dropout(mixed)  # (G, n, T, W)
+        return states + self.dropout(self.words(states, mask))  # (G, n, T, W)
 
     def looks(self, states: Tensor, mask: Tensor, context: Context) -> Tensor:
         """Return where this block's attention looks, (G, N, H, T, P)."""

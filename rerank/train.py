@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..core.errors import InputError, ModelError
-from .alignment import align
+from .alignment import NARROWEST, align
 from .checkpoint import Calibration, Fusion, HeadCard, save_head
 from .dataset import TrainingSet
 from .fitting import Fit, Judged, calibrate, fit_fusion, paired_p, spread_scale
@@ -188,6 +188,7 @@ class _Run:
         self.head.to(device)
         self.average = copy.deepcopy(self.head).eval().requires_grad_(False)
         self.log_scale = nn.Parameter(torch.tensor(3.0, device=device))  # of the cosine
+        # Places and distances decay like weights: what training does not use goes.
         decayed = [each for each in self.head.parameters() if each.ndim > 1]
         others = [each for each in self.head.parameters() if each.ndim <= 1]
         self.optimiser = torch.optim.AdamW(
@@ -212,11 +213,13 @@ class _Run:
 
     def _start(self, encoder: EncoderSpec) -> None:
         """Start from the contrastive space where the patches lie in it, else from white patches."""
-        data = self.data
-        patches = data.codes[data.train[:CONTEXT_SAMPLE]]  # (M, P, C)
+        data, width = self.data, self.config.width
+        draw = np.random.default_rng(self.options.seed).permutation
+        patches = data.codes[draw(data.train)[:CONTEXT_SAMPLE]]  # (M, P, C)
         in_space = encoder.patch_kind == "aligned" and encoder.patch_dim == encoder.embed_dim
-        if isinstance(self.head, CrossHead) and in_space and self.options.align:
-            rows = data.captions_of(data.train)[:ALIGN_SAMPLE]
+        wide = width >= NARROWEST and width % 2 == 0
+        if isinstance(self.head, CrossHead) and in_space and wide and self.options.align:
+            rows = draw(data.captions_of(data.train))[:ALIGN_SAMPLE]
             tokens = [data.captions.tokens[row].float() for row in rows]
             align(self.head, tokens, data.captions.pooled[rows], patches)
         else:
@@ -376,8 +379,14 @@ class _Run:
                 f"the checkpoint in {path.parent} was made with other options",
                 "Give the same options, or start without --resume.",
             )
-        self.head.load_state_dict(state["head"])
-        self.average.load_state_dict(state["average"])
+        try:
+            self.head.load_state_dict(state["head"])
+            self.average.load_state_dict(state["average"])
+        except RuntimeError as error:
+            raise ModelError(
+                f"the checkpoint in {path.parent} is of a head that this version builds otherwise",
+                "Start without --resume.",
+            ) from error
         self.log_scale.data.copy_(state["log_scale"])
         self.optimiser.load_state_dict(state["optimiser"])
         for field in ("epoch", "stale", "steps", "best_value", "best", "history"):

@@ -241,3 +241,46 @@ def test_an_aligned_head_reads_where_it_looked():
     steps = {"across": read.diff(dim=1).mean((0, 1)), "down": read.diff(dim=0).mean((0, 1))}
     assert (steps["across"][::2] > 1).all() and (steps["across"][1::2].abs() < 0.2).all(), steps
     assert (steps["down"][1::2] > 1).all() and (steps["down"][::2].abs() < 0.2).all(), steps
+
+
+@pytest.mark.parametrize("kind", ["cross", "cross, words meet", "co", "shared"])
+def test_heads_score_in_half_precision_as_on_a_gpu(kind):
+    kind, _, meet = kind.partition(", ")
+    torch.manual_seed(0)
+    config = HeadConfig(kind, 12, 10, Grid(2, 3), width=16, self_attention=bool(meet))
+    head = build_head(config).eval()
+    head.rank.weight.data.normal_()
+    tokens, mask = torch.randn(2, 4, 12), torch.ones(2, 4, dtype=torch.bool)
+    codes = torch.randint(-127, 128, (2, 6, 10), dtype=torch.int8)
+    exact = head(tokens, mask, codes).rank
+    rough = head.bfloat16()(tokens.bfloat16(), mask, codes).rank
+    assert rough.dtype == torch.bfloat16
+    torch.testing.assert_close(rough.float(), exact, atol=0.15, rtol=0.1)
+
+
+@pytest.mark.parametrize("form", ["absorbed", "projected"])
+def test_a_bias_need_not_be_in_the_states_precision(form):
+    torch.manual_seed(0)
+    attention = CrossAttention(16, 10, 2).bfloat16()
+    codes = torch.randn(1, 3, 6, 10).bfloat16()
+    bias = torch.zeros(1, 3, 6)  # float32, as explaining makes it
+    bias[..., 0] = -torch.inf
+    context = Context(codes, normalising_gain(codes), torch.zeros(6, 10).bfloat16(), bias=bias)
+    states = torch.randn(1, 1, 4, 16).bfloat16()
+    seen = getattr(attention, form)(states, context)
+    shown = Context(codes[:, :, 1:], context.gain[:, :, 1:], torch.zeros(5, 10).bfloat16())
+    torch.testing.assert_close(seen, getattr(attention, form)(states, shown))
+
+
+@pytest.mark.parametrize("grid", [Grid(1, 4), Grid(3, 1)])
+def test_a_grid_of_one_row_has_no_place_down_it(grid):
+    torch.manual_seed(0)
+    captions = [torch.randn(3, 12) for _ in range(40)]
+    pooled = nn.functional.normalize(torch.randn(40, 10), dim=-1)
+    patches = torch.randn(8, grid.size, 10)
+    head = build_head(HeadConfig("cross", 12, 10, grid, width=32)).eval()
+    before = head.place().clone()
+    align(head, captions, pooled, patches)
+    moved = head.place() - before  # (cells, C): the ramp less the patches' mean
+    unit = patches * normalising_gain(patches).unsqueeze(-1)
+    torch.testing.assert_close(moved.mean(0), -unit.mean((0, 1)), atol=1e-4, rtol=1e-4)
