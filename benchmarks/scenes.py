@@ -29,9 +29,9 @@ from mmsearch.rerank.scorers import load_scorer
 
 from tests.scenes import compose, write
 
-# For a few hundred groups: a narrower head, and negatives from the group of four itself.
+# A narrower head, and negatives from the group of four itself and three others.
 SMALL = (
-    *("--width", 128, "--group", 8, "--pool", 12, 8, "--learning-rate", 0.001),
+    *("--width", 128, "--group", 16, "--pool", 16, 16, "--learning-rate", 0.001),
     *("--patience", 20, "--val-share", 0.05),
 )
 

@@ -8,9 +8,11 @@ random and are hardly heard; later looks at the picture and later networks add n
 
 Such a similarity cannot hear "left of". So every eighth number of s holds what the contrastive
 space does not know of the token, and that of v where attention looked: across the picture or down
-it, in turn. Places start as a ramp along the two directions that patches use least, and later
-self-attention starts at full strength, to bring together what two words saw. With any of this left
-out, heads learned colours but hardly left from right (docs/rerank.md).
+it, in turn. Places start as a ramp along the two directions that patches use least. The first
+self-attention brings each word the spare numbers of the words before it and after it, so that the
+squares hold products of what a neighbour said ("left") and where a word looked; later self-attention
+starts at full strength, to bring together what two words saw. Without this, heads learned colours
+but hardly left from right (docs/rerank.md).
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from .heads import CrossBlock, CrossHead
 # size of what is to start near nothing.
 SHARP, SOFT, RANK_SCALE, FAINT = 1.5, 0.2, 8.0, 0.02
 # How far the edges lie from the middle of the picture, in a patch and as attention reads it.
-EDGE, EDGE_READ = 3.0, 2.0
+EDGE, EDGE_READ = 3.0, 4.0
+HEARD = 2.0  # how loudly a word hears its neighbours' spare numbers
 NARROWEST = 32  # a head's width, that there be a spare number across the picture and one down it
 
 
@@ -64,7 +67,8 @@ def align(head: CrossHead, captions: Sequence[Tensor], pooled: Tensor, patches: 
     values[spare[::2]] = across * EDGE_READ / EDGE
     values[spare[1::2]] = down * EDGE_READ / EDGE
     _start_attention(head, keys, values)
-    _start_similarity(head)
+    _start_words(head, spare)
+    _start_similarity(head, spare)
 
 
 def _start_tokens(head: CrossHead, tokens: Tensor, into: Tensor, spare: Tensor) -> None:
@@ -127,8 +131,28 @@ def _start_attention(head: CrossHead, keys: Tensor, values: Tensor) -> None:
             attention.out_proj.weight[half:] += 0.5 * torch.cat([eye, eye], dim=1)
 
 
-def _start_similarity(head: CrossHead) -> None:
-    """Let the first feed-forward network hold s . v, and the rank layer read it."""
+def _start_words(head: CrossHead, spare: Tensor) -> None:
+    """Let the spare numbers hear those of the words before and after, in turn by twos.
+
+    So each of the two directions in the picture meets both, see ``start_of_distance_bias``.
+    """
+    first = head.blocks[0]
+    assert isinstance(first, CrossBlock)
+    if first.words is None:
+        return
+    attention = first.words.attention
+    attention.v_proj.bias.zero_()
+    for at in range(min(2, attention.heads)):  # one looks back, one ahead
+        start = at * head.config.width // attention.heads
+        for place, number in enumerate(spare.tolist()):
+            attention.v_proj.weight[start + place] = 0
+            attention.v_proj.weight[start + place, number] = 1
+            if place // 2 % 2 == at:
+                attention.out_proj.weight[number, start + place] = HEARD
+
+
+def _start_similarity(head: CrossHead, spare: Tensor) -> None:
+    """Let the first feed-forward network hold s . v, and the rank layer read all but the spare."""
     first = head.blocks[0]
     assert isinstance(first, CrossBlock)
     ffn, width, half = first.ffn, head.config.width, head.config.width // 2
@@ -141,6 +165,7 @@ def _start_similarity(head: CrossHead) -> None:
     direction[:half] = torch.randint(0, 2, (half,)) * 2.0 - 1
     ffn.out.weight.mul_(FAINT)
     ffn.out.weight[:, :width] = direction[:, None] / width
+    ffn.out.weight[:, torch.cat([spare, half + spare])] = 0
     ffn.out.bias.zero_()
     head.pool.weight.zero_()
     head.rank.weight.copy_(direction[None] * RANK_SCALE / half)
