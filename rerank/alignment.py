@@ -10,9 +10,9 @@ Such a similarity cannot hear "left of". So every eighth number of s holds what 
 space does not know of the token, and that of v where attention looked: across the picture or down
 it, in turn. Places start as a ramp along the two directions that patches use least. The first
 self-attention brings each word the spare numbers of the words before it and after it, so that the
-squares hold products of what a neighbour said ("left") and where a word looked; later self-attention
-starts at full strength, to bring together what two words saw. Without this, heads learned colours
-but hardly left from right (docs/rerank.md).
+squares hold products of what a neighbour said ("left") and where a word looked; later
+self-attention starts at full strength, to bring together what two words saw. Without this, heads
+learned colours but hardly left from right (docs/rerank.md).
 """
 
 from __future__ import annotations

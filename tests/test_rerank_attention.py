@@ -202,7 +202,7 @@ def test_an_aligned_head_starts_as_a_similarity(mixing):
     captions = [things[three] @ to_text for three in named]  # (3, C_text) each
     pooled = nn.functional.normalize(things[named].mean(1), dim=-1)
     patches = things[named].repeat(1, 2, 1) + 0.05 * torch.randn(200, 6, 24)
-    config = HeadConfig("cross", 20, 24, Grid(2, 3), width=48, self_attention=mixing)
+    config = HeadConfig("cross", 20, 24, Grid(2, 3), width=64, self_attention=mixing)
     head = CrossHead(config).eval()
     align(head, captions, pooled, patches)
     tokens, mask = torch.stack(captions[:20]), torch.ones(20, 3, dtype=torch.bool)
