@@ -1,6 +1,6 @@
 """What attention learns that a pooled vector cannot: composed scenes, trained and asked for.
 
-    python benchmarks/scenes.py --groups 1500 --unseen 100
+    python benchmarks/scenes.py --groups 3000 --unseen 100
 
 Draws scenes in groups of four that differ only in which thing has which colour and place (see
 tests/scenes.py), indexes them with the bundled encoder, runs ``mmsearch train`` on one part and
@@ -84,9 +84,9 @@ def recall(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--groups", type=int, default=1500, help="groups of four to train on")
+    parser.add_argument("--groups", type=int, default=3000, help="groups of four to train on")
     parser.add_argument("--unseen", type=int, default=100, help="groups of four to ask for")
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--kinds", nargs="+", default=["cross"])
     parser.add_argument("--work", type=Path, help="keep scenes and index here")
     args = parser.parse_args()
