@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import BadIndex, InputError, StorageError
+from ..core.memory import return_freed_memory
 from ..core.types import Candidates, ImageRecord, PatchBatch
 from .catalog import Catalog, Failure
 from .filters import Condition, Filters
 from .lock import IndexLock
 from .manifest import FILE_NAME, Manifest
-from .pipeline import Events, Job, Plan, Survey, Tally, return_freed_memory, run
+from .pipeline import Events, Job, Plan, Survey, Tally, run
 from .pooling import check_pool
 from .remote_shards import RemoteStorage, is_url
 from .scan import Rules, Walk, split_path

@@ -12,10 +12,8 @@ it decodes, so threads decode in parallel and no picture is copied between proce
 
 from __future__ import annotations
 
-import ctypes
 import os
 import queue
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -389,18 +387,6 @@ def run(
         while running:
             finish()
     return tally
-
-
-def return_freed_memory() -> None:
-    """Give what was freed back to the system, where the C library would keep it (glibc).
-
-    A model's weights were hundreds of megabytes, and Milvus, which is to build its index now, has
-    an allocator of its own.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none and needs none
-        if trim is not None:
-            trim(0)
 
 
 @dataclass(slots=True)

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import BadIndex, IndexBusy, StorageError
+from ..core.memory import return_freed_memory
 from ..core.types import Candidates
 from .catalog import Entry, id_of_path
 from .filters import NO_PLACE, NOT_TAKEN, Condition, milvus_text
 
 MAX_LIMIT = 16384  # of Milvus: results per query, and rows per page
 # Milvus Lite flushes by way of Python objects, about 25 KB a row of 512 dimensions at the peak.
-LITE_FLUSH_ROWS = 4096
+LITE_FLUSH_ROWS = 1024
 UPSERT_ROWS = 1000  # keeps a message far below gRPC's 64 MiB at any width
 PARTITIONS = 16  # of a collection that is kept by folder
 _TEXT_BYTES = 8192
@@ -163,6 +164,8 @@ class VectorStore:
     def _flush(self, client: Any) -> None:
         client.flush(self.collection)
         self._unflushed = 0
+        if self.is_lite:
+            return_freed_memory()
 
     def ids(self) -> np.ndarray:
         """Return the ids of all images in Milvus, ascending, (M,) int64."""
