@@ -16,7 +16,9 @@ and weights, so that int8 codes are only converted, never rescaled.
 Shapes: G texts, each with N candidate pictures of P patches; T tokens; H heads of width d; W = H d
 the width of a text state; C the width of a patch. States that do not depend on the candidate yet
 have n = 1 in place of N, and whatever is computed from them is computed once a text. Likewise a
-context whose N pictures are the same for all texts has 1 in place of G.
+context whose N pictures are the same for all texts has 1 in place of G. The absorbed form keeps
+tokens before heads: then a head's rows lie at even steps in memory, and products a head need no
+copies.
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ class CrossAttention(nn.Module):
     def projected(self, states: Tensor, context: Context) -> Tensor:
         """Project every patch to keys and values, then attend. Shapes as in ``forward``."""
         shape = (states.shape[0], context.codes.shape[1], -1, -1, -1)
-        query = self._query(states).expand(shape)  # (G, N, H, T, d)
+        query = self._query(states).transpose(2, 3).expand(shape)  # (G, N, H, T, d)
         key = self._project(self.k_proj, context).expand(shape)  # (G, N, H, P, d)
         value = self._project(self.v_proj, context).expand(shape)  # (G, N, H, P, d)
         bias = context.bias  # (G, N, P)
@@ -104,62 +106,58 @@ class CrossAttention(nn.Module):
     def absorbed(self, states: Tensor, context: Context) -> Tensor:
         """Attend to the raw codes and project what was pooled. Shapes as in ``forward``."""
         codes = context.codes.to(states.dtype)  # (G, N, P, C)
-        weights = self._weights(self._query(states), codes, context)  # (G, N, H, T, P)
-        scaled = weights * context.gain[:, :, None, None].to(weights.dtype)  # (G, N, H, T, P)
-        pooled = (scaled.flatten(2, 3) @ codes).unflatten(2, (self.heads, -1))  # (G, N, H, T, C)
+        weights = self._weights(self._query(states), codes, context)  # (G, N, T, H, P)
+        scaled = weights * context.gain[:, :, None, None].to(weights.dtype)  # (G, N, T, H, P)
+        pooled = (scaled.flatten(2, 3) @ codes).unflatten(2, (-1, self.heads))  # (G, N, T, H, C)
         matrix = self.v_proj.weight.unflatten(0, (self.heads, -1))  # (H, d, C)
-        value = torch.einsum("gnhtc,hdc->gnthd", pooled, matrix)  # (G, N, T, H, d)
+        value = torch.einsum("gnthc,hdc->gnthd", pooled, matrix)  # (G, N, T, H, d)
         if context.cells is not None:  # cells' weights, that their vectors need not be copied
-            cells = context.cells[:, :, None, None].expand_as(weights)  # (G, N, H, T, P)
+            cells = context.cells[:, :, None, None].expand_as(weights)  # (G, N, T, H, P)
             none = weights.new_zeros(*weights.shape[:-1], len(context.place))
-            weights = none.scatter_add(4, cells, weights)  # (G, N, H, T, cells)
-        place = self._split(self._place(self.v_proj, context))  # (H, cells, d)
-        value = value + (weights @ place).transpose(2, 3)  # (G, N, T, H, d)
+            weights = none.scatter_add(4, cells, weights)  # (G, N, T, H, cells)
+        place = self._split(self._place(self.v_proj, context))  # (cells, H, d)
+        value = value + torch.einsum("gnthp,phd->gnthd", weights, place)  # (G, N, T, H, d)
         return self.out_proj(value.flatten(3) + self.v_proj.bias)  # (G, N, T, W)
 
     def weights(self, states: Tensor, context: Context) -> Tensor:
         """Return where each token looks: (G, N, H, T, P), rows summing to one."""
         codes = context.codes.to(states.dtype)  # (G, N, P, C)
-        return self._weights(self._query(states), codes, context)
-
-    def logits(self, query: Tensor, codes: Tensor, context: Context) -> Tensor:
-        """Return the absorbed logits (G, N, H, T, P), less ``b_k``'s share, before the bias.
-
-        Args:
-            query: (G, n, H, T, d) from ``_query``.
-            codes: (G, N, P, C), the context's codes in the states' precision.
-        """
-        matrix = self.k_proj.weight.unflatten(0, (self.heads, -1))  # (H, d, C)
-        folded = torch.einsum("gnhtd,hdc->gnhtc", query, matrix).flatten(2, 3)  # (G, n, H*T, C)
-        if folded.shape[1] == 1:  # one product for all candidates of a text
-            flat = folded.squeeze(1) @ codes.flatten(1, 2).transpose(1, 2)  # (G, H*T, N*P)
-            raw = flat.unflatten(2, codes.shape[1:3]).transpose(1, 2)  # (G, N, H*T, P)
-        else:
-            raw = folded @ codes.transpose(2, 3)  # (G, N, H*T, P)
-        raw = raw * context.gain.unsqueeze(2).to(raw.dtype)  # (G, N, H*T, P)
-        raw = raw.unflatten(2, (self.heads, -1))  # (G, N, H, T, P)
-        place = self._split(self._place(self.k_proj, context))  # (H, cells, d)
-        placed = query @ place.transpose(-1, -2)  # (G, n, H, T, cells)
-        if context.cells is not None:
-            cells = context.cells[:, :, None, None].expand_as(raw)  # (G, N, H, T, P)
-            placed = placed.expand(-1, raw.shape[1], -1, -1, -1).gather(4, cells)
-        return raw + placed  # (G, N, H, T, P)
+        return self._weights(self._query(states), codes, context).transpose(2, 3)
 
     def _weights(self, query: Tensor, codes: Tensor, context: Context) -> Tensor:
-        logits = self.logits(query, codes, context)  # (G, N, H, T, P)
+        """Where the queries (G, n, T, H, d) look among the codes (G, N, P, C): (G, N, T, H, P)."""
+        logits = self._logits(query, codes, context)  # (G, N, T, H, P)
         if context.bias is not None:
             bias = context.bias.to(logits.dtype)  # (G, N, P)
-            logits = logits + bias[:, :, None, None]  # (G, N, H, T, P)
-        return logits.softmax(dim=-1)  # (G, N, H, T, P)
+            logits = logits + bias[:, :, None, None]  # (G, N, T, H, P)
+        return logits.softmax(dim=-1)  # (G, N, T, H, P)
+
+    def _logits(self, query: Tensor, codes: Tensor, context: Context) -> Tensor:
+        """Return the absorbed logits (G, N, T, H, P), less ``b_k``'s share, before the bias."""
+        matrix = self.k_proj.weight.unflatten(0, (self.heads, -1))  # (H, d, C)
+        folded = torch.einsum("gnthd,hdc->gnthc", query, matrix).flatten(2, 3)  # (G, n, T*H, C)
+        if folded.shape[1] == 1:  # one product for all candidates of a text
+            flat = folded.squeeze(1) @ codes.flatten(1, 2).transpose(1, 2)  # (G, T*H, N*P)
+            raw = flat.unflatten(2, codes.shape[1:3]).transpose(1, 2)  # (G, N, T*H, P)
+        else:
+            raw = folded @ codes.transpose(2, 3)  # (G, N, T*H, P)
+        raw = raw * context.gain.unsqueeze(2).to(raw.dtype)  # (G, N, T*H, P)
+        raw = raw.unflatten(2, (-1, self.heads))  # (G, N, T, H, P)
+        place = self._split(self._place(self.k_proj, context))  # (cells, H, d)
+        placed = torch.einsum("gnthd,phd->gnthp", query, place)  # (G, n, T, H, cells)
+        if context.cells is not None:
+            cells = context.cells[:, :, None, None].expand_as(raw)  # (G, N, T, H, P)
+            placed = placed.expand(-1, raw.shape[1], -1, -1, -1).gather(4, cells)
+        return raw + placed  # (G, N, T, H, P)
 
     def _query(self, states: Tensor) -> Tensor:
-        """Project and scale the states: (G, n, T, W) -> (G, n, H, T, d)."""
-        query = self._split(self.q_proj(states))  # (G, n, H, T, d)
-        return query * query.shape[-1] ** -0.5  # (G, n, H, T, d)
+        """Project and scale the states: (G, n, T, W) -> (G, n, T, H, d)."""
+        query = self._split(self.q_proj(states))  # (G, n, T, H, d)
+        return query * query.shape[-1] ** -0.5  # (G, n, T, H, d)
 
     def _split(self, rows: Tensor) -> Tensor:
-        """Give each head its part: (..., R, W) -> (..., H, R, d)."""
-        return rows.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # (..., H, R, d)
+        """Give each head its part: (..., R, W) -> (..., R, H, d)."""
+        return rows.unflatten(-1, (self.heads, -1))  # (..., R, H, d)
 
     def _place(self, projection: nn.Linear, context: Context) -> Tensor:
         """Project the grid cells' vectors: (cells, W)."""
@@ -172,7 +170,7 @@ class CrossAttention(nn.Module):
         raw = raw * context.gain.unsqueeze(-1).to(raw.dtype) + projection.bias  # (G, N, P, W)
         table = self._place(projection, context)  # (cells, W)
         placed = table if context.cells is None else table[context.cells]  # ([G, N,] P, W)
-        return self._split(raw + placed)  # (G, N, H, P, d)
+        return self._split(raw + placed).transpose(2, 3)  # (G, N, H, P, d)
 
 
 def absorption_is_cheaper(
