@@ -1,12 +1,12 @@
 """What attention learns that a pooled vector cannot: composed scenes, trained and asked for.
 
-    python benchmarks/scenes.py --groups 3000 --unseen 100
+    python benchmarks/scenes.py --groups 1500 --unseen 100
 
-Draws scenes in groups of four that differ only in which thing has which colour and place (see
-tests/scenes.py), indexes them with the bundled encoder, runs ``mmsearch train`` on one part and
-asks for the other: recall@1 of each caption among its group's four pictures, and in each pair of
-pictures that differ in one respect only. Controls give the head the patches of other pictures, or
-those of the right one in random places.
+Draws scenes in groups of eight that differ only in which thing has which colour, size and place
+(see tests/scenes.py), indexes them with the bundled encoder, runs ``mmsearch train`` on one part
+and asks for the other: recall@1 of each caption among its group's eight pictures, and in each pair
+of pictures that differ in one respect only. Controls give the head the patches of other pictures,
+or those of the right one in random places.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from mmsearch.indexing.encoder import load_text_encoder
 from mmsearch.indexing.index import ImageIndex
 from mmsearch.rerank.scorers import load_scorer
 
-from tests.scenes import compose, write
+from tests.scenes import GROUP, SWAPS, compose, write
 
-# A narrower head, and negatives from the group of four itself and three others.
+# A narrower head, and negatives from the group of eight itself and another.
 SMALL = (
     *("--width", 128, "--group", 16, "--pool", 16, 16, "--learning-rate", 0.001),
     *("--patience", 20, "--val-share", 0.05),
@@ -56,19 +56,21 @@ def recall(
         patches = index.patches(ids)
         judge = load_scorer(scorer, spec, folder=index_dir / "heads")
     own = torch.arange(len(captions))
-    rows = (own // 4 * 4).unsqueeze(1) + torch.arange(4)  # (Q, 4)
-    coarse = (text.pooled.unsqueeze(1) * pooled[rows]).sum(-1)  # (Q, 4)
+    rows = (own // GROUP * GROUP).unsqueeze(1) + torch.arange(GROUP)  # (Q, 8)
+    coarse = (text.pooled.unsqueeze(1) * pooled[rows]).sum(-1)  # (Q, 8)
     generator = torch.Generator().manual_seed(0)
     others = torch.randperm(len(captions), generator=generator)
     places = torch.stack([torch.randperm(patches.grid.size, generator=generator) for _ in own])
     shuffled = patches.codes.gather(1, places.unsqueeze(-1).expand_as(patches.codes))
 
     def hits(scores: torch.Tensor) -> list[float]:
-        """Percent ahead of all three, of that with other colours, of that with other places."""
-        ahead = scores.gather(1, (own % 4).unsqueeze(1)) > scores  # (Q, 4); ties count against us
-        swapped = [(own % 4) ^ bit for bit in (2, 1)]  # see tests/scenes.py for their order
-        pairs = [ahead.gather(1, other.unsqueeze(1)).squeeze(1) for other in swapped]
-        return [100 * float(each.float().mean()) for each in (ahead.sum(1) == 3, *pairs)]
+        """Percent ahead of all seven, and of that in which only one of SWAPS is otherwise."""
+        mine = own % GROUP  # (Q,)
+        ahead = scores.gather(1, mine.unsqueeze(1)) > scores  # (Q, 8); ties count against us
+        others = [mine ^ 1 << bit for bit in range(len(SWAPS))]
+        pairs = [ahead.gather(1, other.unsqueeze(1)).squeeze(1) for other in others]
+        first = ahead.sum(1) == GROUP - 1  # (Q,)
+        return [100 * float(each.float().mean()) for each in (first, *pairs)]
 
     def scored(codes: torch.Tensor) -> list[float]:
         batch = PatchBatch(codes, None, patches.grid, pooled=patches.pooled)
@@ -84,8 +86,8 @@ def recall(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--groups", type=int, default=3000, help="groups of four to train on")
-    parser.add_argument("--unseen", type=int, default=100, help="groups of four to ask for")
+    parser.add_argument("--groups", type=int, default=1500, help="groups of eight to train on")
+    parser.add_argument("--unseen", type=int, default=100, help="groups of eight to ask for")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--kinds", nargs="+", default=["cross"])
     parser.add_argument("--work", type=Path, help="keep scenes and index here")
@@ -105,8 +107,9 @@ def main() -> None:
             figures = recall(
                 work / "index", work / "unseen", [each.caption for each in unseen], kind
             )
-            print(f"{kind}, trained {seconds:.0f} s on {4 * args.groups} scenes")
-            print(f"  {'recall@1, %':<28} {'of four':>8} {'colours':>8} {'places':>8}")
+            print(f"{kind}, trained {seconds:.0f} s on {GROUP * args.groups} scenes")
+            columns = ("of eight", *SWAPS)
+            print(f"  {'recall@1, %':<28}", *(f"{each:>8}" for each in columns))
             for name, values in figures.items():
                 print(f"  {name:<28}", *(f"{value:8.2f}" for value in values))
 

@@ -61,11 +61,12 @@ class HeadCard:
 
 def save_head(folder: Path, head: Head, card: HeadCard, bank: Querybank | None = None) -> None:
     """Write a head, its bank and its card; the config comes last, so half a folder is no head."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-    save_file(state, folder / WEIGHTS)
+    # Not save_file: that leaves a file which only its owner may read, and teams share indexes.
+    (folder / WEIGHTS).write_bytes(save(state))
     if bank is not None:
         bank.save(folder)
     values = {"format": FORMAT, "head": head.config.to_dict(), **asdict(card)}

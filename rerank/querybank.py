@@ -58,9 +58,9 @@ class Querybank:
 
     def save(self, folder: Path) -> None:
         """Write the bank beside a head."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        save_file({"codes": self.codes.contiguous()}, folder / FILE)
+        (folder / FILE).write_bytes(save({"codes": self.codes.contiguous()}))
 
     @classmethod
     def load(cls, folder: Path) -> Querybank:

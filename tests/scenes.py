@@ -1,8 +1,8 @@
-"""Composed scenes: coloured things in known places over photographs, and captions that name them.
+"""Composed scenes: things of a colour, a size and a place over photographs, and captions of them.
 
-Each group holds the four pictures of two things in two colours at two places: who has which colour
-and who stands where. Their captions use the same words, so only binding a colour or a place to its
-thing tells them apart.
+A scene shows two or three things. Each group holds the eight pictures in which two of its things
+have swapped colours, sizes and places, or not. All eight captions use the same words but for the
+relation, so only binding an attribute to its thing tells the pictures apart.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import skimage.data
 from PIL import Image, ImageDraw, ImageFilter
@@ -18,8 +19,12 @@ SIDE = 224
 COLOURS = {
     "red": (214, 32, 40), "green": (40, 160, 60), "blue": (36, 84, 200), "yellow": (245, 210, 40),
 }  # fmt: skip
+SIZES = {"small": (46, 54), "big": (86, 96)}  # pixels
+Value = TypeVar("Value")
 THINGS = ("ball", "box", "star", "cross")
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
+SWAPS = ("colours", "sizes", "places")
+GROUP = 2 ** len(SWAPS)  # scene n of a group has swapped SWAPS[i] where bit i of n is set
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,11 @@ class Thing:
 
     name: str
     colour: str
+    size: str
     box: tuple[int, int, int, int]  # left, top, right, bottom in pixels
+
+    def __str__(self) -> str:
+        return f"a {self.size} {self.colour} {self.name}"
 
 
 @dataclass(frozen=True)
@@ -37,27 +46,35 @@ class Scene:
 
     group: int
     caption: str
-    things: tuple[Thing, Thing]
+    things: tuple[Thing, ...]  # two side by side (or one above the other), then perhaps a third
     backdrop: tuple[str, int]  # photograph, seed of the crop
 
 
 def compose(groups: int, seed: int) -> list[Scene]:
-    """Make up scenes, four in a row for each group."""
+    """Make up scenes, GROUP in a row for each group."""
     rng = random.Random(seed)
     scenes = []
     for group in range(groups):
-        names = rng.sample(THINGS, 2)
-        colours = rng.sample(sorted(COLOURS), 2)
+        count = rng.choice([2, 3])
+        names, colours = rng.sample(THINGS, count), rng.sample(sorted(COLOURS), count)
+        sizes = [*rng.sample(sorted(SIZES), 2), rng.choice(sorted(SIZES))][:count]
         across = rng.random() < 0.5
-        spots = _spots(rng, across)
+        spots = _spots(rng, across, count)
+        order = rng.sample(range(count), count)  # which thing is at which spot; 0 and 1 may swap
+        widths = {size: rng.randint(*SIZES[size]) for size in sorted(SIZES)}
         backdrop = (rng.choice(PHOTOGRAPHS), rng.randrange(10**6))
-        relation = rng.choice([0, 1])
-        for swap_colours in (False, True):
-            for swap_places in (False, True):
-                first, second = spots[::-1] if swap_places else spots
-                a, b = colours[::-1] if swap_colours else colours
-                things = (Thing(names[0], a, first), Thing(names[1], b, second))
-                scenes.append(Scene(group, _say(things, across, relation), things, backdrop))
+        start = rng.choice([0, 1])
+        for swaps in range(GROUP):
+            colour, size, place = (
+                _swapped(values) if swaps >> bit & 1 else values
+                for bit, values in enumerate((colours, sizes, list(range(count))))
+            )
+            things = []
+            for spot, thing in zip(spots, (place[at] for at in order), strict=True):
+                box = _box(spot, widths[size[thing]])
+                things.append(Thing(names[thing], colour[thing], size[thing], box))
+            caption = _say(things, across, start)
+            scenes.append(Scene(group, caption, tuple(things), backdrop))
     return scenes
 
 
@@ -83,29 +100,42 @@ def write(scenes: list[Scene], folder: Path, split: str = "") -> Path:
     for at, scene in enumerate(scenes):
         name = f"{at:05}.png"
         draw(scene).save(folder / name)
-        lines.append(f"{name},{scene.caption},{split}")
+        lines.append(f'{name},"{scene.caption}",{split}')
     table = folder / "captions.csv"
     table.write_text("\n".join(lines) + "\n")
     return table
 
 
-def _spots(rng: random.Random, across: bool) -> list[tuple[int, int, int, int]]:
-    """Two boxes side by side, or one above the other."""
-    spots = []
-    for low, high in ((4, 12), (116, 124)):
-        size = rng.randint(84, 96)
-        along, beside = rng.randint(low, high), rng.randint(20, SIDE - size - 20)
-        x, y = (along, beside) if across else (beside, along)
-        spots.append((x, y, x + size, y + size))
-    return spots
+def _swapped(values: list[Value]) -> list[Value]:
+    """Swap what the first two things have."""
+    return [values[1], values[0], *values[2:]]
 
 
-def _say(things: tuple[Thing, Thing], across: bool, relation: int) -> str:
-    """Word a scene, starting from either thing."""
-    a, b = things[::-1] if relation else things
-    before = (a.box[0] < b.box[0]) if across else (a.box[1] < b.box[1])
+def _spots(rng: random.Random, across: bool, count: int) -> list[tuple[int, int]]:
+    """Centres of two spots side by side (or one above the other) and of one below (or right)."""
+
+    def near(place: int) -> int:
+        return place + rng.randint(-6, 6)
+
+    low, middle, high = 56, SIDE // 2, SIDE - 56
+    # Two things may lie anywhere beside their axis; three leave the further half to the third.
+    beside = [near(low) if count == 3 else rng.randint(low, high) for _ in range(2)]
+    spots = [(near(low), beside[0]), (near(high), beside[1]), (near(middle), near(high))]
+    return [spot if across else spot[::-1] for spot in spots[:count]]
+
+
+def _box(spot: tuple[int, int], width: int) -> tuple[int, int, int, int]:
+    (x, y), half = spot, width // 2
+    return (x - half, y - half, x + half, y + half)
+
+
+def _say(things: list[Thing], across: bool, start: int) -> str:
+    """Word a scene, starting from either of the two things that lie along its axis."""
     words = ("left of", "right of") if across else ("above", "below")
-    return f"a {a.colour} {a.name} {words[0] if before else words[1]} a {b.colour} {b.name}"
+    said = f"{things[start]} {words[start]} {things[1 - start]}"
+    if len(things) == 2:
+        return said
+    return f"{said}, {'above' if across else 'left of'} {things[2]}"
 
 
 def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing) -> None:

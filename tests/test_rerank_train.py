@@ -254,3 +254,5 @@ def test_card_plot_and_installation(tmp_path):
     assert "recall at" in (tmp_path / "run" / "README.md").read_text()
     target = install(tmp_path / "run", tmp_path / "heads", "mine")
     assert load_head(target)[1].name == "mine"
+    modes = {each.name: each.stat().st_mode for each in target.iterdir()}
+    assert len(set(modes.values())) == 1, modes  # whoever may read the config may read the weights
