@@ -69,6 +69,15 @@ class PatchBatch:
     grid: Grid
     present: torch.Tensor | None = None  # (M,) bool, False where there are none; None: all are
     pooled: torch.Tensor | None = None  # (M, D) float32, unit vectors of the same images
+    alike: Grid | None = None  # cells of this coarser grid hold one vector each, repeated
+
+    def one_per_cell(self) -> torch.Tensor:
+        """Return the first patch of each cell of ``alike``, (M, cells, C)."""
+        assert self.alike is not None
+        down = self.grid.height // self.alike.height
+        across = self.grid.width // self.alike.width
+        codes = self.codes.unflatten(1, tuple(self.grid))  # (M, h, w, C)
+        return codes[:, ::down, ::across].flatten(1, 2)  # (M, cells, C)
 
     def values(self) -> torch.Tensor:
         """Return the patches widened to float32, (M, P, C)."""

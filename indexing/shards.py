@@ -55,6 +55,13 @@ class RowFormat:
         return self.pool not in ("1", "2")
 
     @property
+    def alike(self) -> Grid | None:
+        """The coarser grid whose cells hold one vector each, if every picture has the same."""
+        height, width = self.grid
+        halves = self.pool == "2" and height % 2 == width % 2 == 0
+        return Grid(height // 2, width // 2) if halves else None
+
+    @property
     def pooled(self) -> np.dtype:
         """Row of a ``.pooled`` file."""
         return np.dtype(("<f4", (self.embed_dim,)))
@@ -358,6 +365,7 @@ class Shards:
             grid=self.row.grid,
             present=None if present.all() else torch.from_numpy(present),  # (M,)
             pooled=torch.from_numpy(pooled),  # (M, D)
+            alike=self.row.alike,
         )
 
     def _readable(

@@ -134,6 +134,30 @@ def test_unknown_names_list_the_known_ones(heads):
         load_scorer("no/such/folder", ENCODER, device="cpu")
 
 
+def test_cells_of_one_vector_are_judged_once(monkeypatch):
+    """As pooled patches come back: the scores are those of all patches, the work is not."""
+    finer = GRID.refine(Grid(2, 2))
+    codes = make_patches().codes.unflatten(1, tuple(GRID))  # (M, h, w, C)
+    codes = codes.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1, 2)  # (M, P, C)
+    scorer = HeadScorer(make_head(), make_card(), torch.device("cpu"), grid=finer)
+    text, rows, coarse = make_text(), torch.tensor([[0, 1], [3, -1], [2, 0]]), torch.rand(3, 2)
+    expected = scorer.score(text, PatchBatch(codes, None, finer), rows, coarse)
+    alike = PatchBatch(codes, None, finer, alike=GRID)
+    assert torch.equal(alike.one_per_cell(), make_patches().codes)
+    monkeypatch.setattr(scorer, "head", None)
+    found = scorer.score(text, alike, rows, coarse)
+    torch.testing.assert_close(found.rank, expected.rank, atol=1e-5, rtol=1e-5)
+
+
+def test_a_head_of_the_finer_grid_reads_all_patches_of_alike_cells():
+    scorer = HeadScorer(make_head(), make_card(), torch.device("cpu"))
+    text, rows, coarse = make_text(), torch.zeros(3, 1, dtype=torch.long), torch.rand(3, 1)
+    codes = make_patches().codes
+    expected = scorer.score(text, PatchBatch(codes, None, GRID), rows, coarse)
+    found = scorer.score(text, PatchBatch(codes, None, GRID, alike=Grid(1, 1)), rows, coarse)
+    assert torch.equal(found.rank, expected.rank)
+
+
 def test_scores_do_not_depend_on_the_batch():
     scorer = HeadScorer(make_head(), make_card(), torch.device("cpu"))
     text, patches = make_text(), make_patches()

@@ -131,9 +131,11 @@ def test_storage_that_fails(tmp_path):
 ODD = Grid(3, 5)  # rows and columns are odd
 
 
-def store(folder: Path, patches: torch.Tensor, pool: str, codes: str = "int8") -> Shards:
-    """Store patches (N, P, C) of the odd grid under pooled vectors of 8."""
-    shards = Shards(LocalStorage(folder), RowFormat(8, patches.shape[-1], ODD, codes, pool))
+def store(
+    folder: Path, patches: torch.Tensor, pool: str, codes: str = "int8", grid: Grid = ODD
+) -> Shards:
+    """Store patches (N, P, C) of a grid under pooled vectors of 8."""
+    shards = Shards(LocalStorage(folder), RowFormat(8, patches.shape[-1], grid, codes, pool))
     pooled = np.ones((len(patches), 8), np.float32)
     shards.append((0, 0), pooled, quantise(patches, shards.row))
     return shards
@@ -177,6 +179,19 @@ def test_pooling_by_cells_of_an_odd_grid(tmp_path, codes):
     assert near(batch.values(), expected, 7 if codes == "int4" else 127)
     assert shards.row.patches["codes"].shape[0] == 6, "2 x 3 cells"
     assert torch.equal(batch.values(), stored_form(patches, shards.row).values())
+
+
+@pytest.mark.parametrize("pool", ["1", "2", "cluster:4"])
+@pytest.mark.parametrize("grid", [Grid(4, 6), ODD])
+def test_patches_that_share_a_cells_vector_are_said_to_be_alike(tmp_path, grid, pool):
+    shards = store(tmp_path, torch.randn(2, grid.size, 7), pool, grid=grid)
+    batch = shards.patches(everything(2))
+    even = pool == "2" and grid == Grid(4, 6)
+    assert batch.alike == (Grid(2, 3) if even else None)
+    if even:
+        cells = batch.one_per_cell().unflatten(1, (2, 3))  # (M, h, w, C)
+        again = cells.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1, 2)  # (M, P, C)
+        assert torch.equal(again, batch.codes)
 
 
 @pytest.mark.parametrize("codes", PATCH_CODES)
