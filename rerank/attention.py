@@ -93,8 +93,9 @@ class CrossAttention(nn.Module):
         """Project every patch to keys and values, then attend. Shapes as in ``forward``."""
         shape = (states.shape[0], context.codes.shape[1], -1, -1, -1)
         query = self._query(states).transpose(2, 3).expand(shape)  # (G, N, H, T, d)
-        key = self._project(self.k_proj, context).expand(shape)  # (G, N, H, P, d)
-        value = self._project(self.v_proj, context).expand(shape)  # (G, N, H, P, d)
+        patches = context.values()  # (G, N, P, C)
+        key = self._split(self.k_proj(patches)).transpose(2, 3).expand(shape)  # (G, N, H, P, d)
+        value = self._split(self.v_proj(patches)).transpose(2, 3).expand(shape)  # (G, N, H, P, d)
         bias = context.bias  # (G, N, P)
         if bias is not None:
             bias = bias[:, :, None, None].to(query.dtype)  # (G, N, 1, 1, P)
@@ -162,15 +163,6 @@ class CrossAttention(nn.Module):
     def _place(self, projection: nn.Linear, context: Context) -> Tensor:
         """Project the grid cells' vectors: (cells, W)."""
         return functional.linear(context.place, projection.weight)  # (cells, W)
-
-    def _project(self, projection: nn.Linear, context: Context) -> Tensor:
-        """Project the patches to keys or values: (G, N, H, P, d)."""
-        codes = context.codes.to(projection.weight.dtype)  # (G, N, P, C)
-        raw = functional.linear(codes, projection.weight)  # (G, N, P, W)
-        raw = raw * context.gain.unsqueeze(-1).to(raw.dtype) + projection.bias  # (G, N, P, W)
-        table = self._place(projection, context)  # (cells, W)
-        placed = table if context.cells is None else table[context.cells]  # ([G, N,] P, W)
-        return self._split(raw + placed).transpose(2, 3)  # (G, N, H, P, d)
 
 
 def absorption_is_cheaper(
