@@ -112,7 +112,7 @@ def index(
             show_default="1x1",
             help="Finer patches from a larger view, encoded tile by tile (new index): 2x2 makes "
             "4 times the patches (and bytes) in 5 passes of the model, 3x3 makes 9 times in 10. "
-            "2x2 with --patch-pool 2 keeps most of what they add to reranking, in no more bytes.",
+            "2x2 with --patch-pool 2 keeps what they add to reranking, in no more bytes.",
         ),
     ] = None,
     include: Annotated[

@@ -56,7 +56,7 @@ class RowFormat:
 
     @property
     def alike(self) -> Grid | None:
-        """The coarser grid whose cells hold one vector each, if every picture has the same."""
+        """The coarser grid whose cells hold one vector each; None unless pooled by whole cells."""
         height, width = self.grid
         halves = self.pool == "2" and height % 2 == width % 2 == 0
         return Grid(height // 2, width // 2) if halves else None
@@ -125,7 +125,10 @@ def stored_form(patches: torch.Tensor, row: RowFormat) -> PatchBatch:
     records = quantise(patches, row)
     codes, scales = _expand({name: records[name] for name in row.patches.names or ()}, row)
     return PatchBatch(
-        torch.from_numpy(codes), None if scales is None else torch.from_numpy(scales), row.grid
+        torch.from_numpy(codes),
+        None if scales is None else torch.from_numpy(scales),
+        row.grid,
+        alike=row.alike,
     )
 
 

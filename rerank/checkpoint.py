@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import ModelError
+from ..core.writing import write_whole
 
 if TYPE_CHECKING:
     from .heads import Head, HeadConfig
@@ -64,15 +65,14 @@ def save_head(folder: Path, head: Head, card: HeadCard, bank: Querybank | None =
     from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)  # of an earlier head
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-    # Not save_file: that leaves a file which only its owner may read, and teams share indexes.
-    (folder / WEIGHTS).write_bytes(save(state))
+    # Not save_file: that leaves a file which only its owner may read; teams share indexes.
+    write_whole(folder / WEIGHTS, save(state))
     if bank is not None:
         bank.save(folder)
     values = {"format": FORMAT, "head": head.config.to_dict(), **asdict(card)}
-    partial = folder / f"{CONFIG}.partial"
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / CONFIG)
+    write_whole(folder / CONFIG, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def read_card(folder: Path) -> tuple[HeadConfig, HeadCard]:

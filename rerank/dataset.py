@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..core.errors import InputError
-from ..core.types import TextFeatures
+from ..core.types import Grid, TextFeatures
 from .negatives import wrong_captions
 from .querybank import LARGEST, Querybank
 
@@ -64,7 +64,8 @@ class TextStore:
 class TrainingSet:
     """M pictures and K captions, split by picture."""
 
-    codes: Tensor  # (M, P, C) as stored
+    codes: Tensor  # (M, P, C) as stored, one patch a cell where cells hold one vector each
+    grid: Grid  # of these P patches
     pooled: Tensor  # (M, D) float32, unit
     captions: TextStore
     owner: np.ndarray  # (K,) picture row of each caption
@@ -131,8 +132,10 @@ def build_training_set(
     flat = [each.text for each in used] + [text for texts in wrong for text in texts]
     store = _encode(flat, encoder, on_texts)
     wrong_of = np.where([bool(each) for each in wrong], np.cumsum([len(w) for w in wrong]) - 1, -1)
+    patches = index.patches([id_ for id_ in wanted if id_ is not None])
     return TrainingSet(
-        codes=index.patches([id_ for id_ in wanted if id_ is not None]).codes,
+        codes=patches.codes if patches.alike is None else patches.one_per_cell(),
+        grid=patches.alike or patches.grid,
         pooled=torch.from_numpy(np.ascontiguousarray(vectors[at])),
         captions=_part(store, slice(0, len(used))),
         owner=owner,

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..core.errors import ModelError
+from ..core.writing import write_whole
 
 FILE = "querybank.safetensors"
 LARGEST = 5000  # captions; more change little (docs/rerank.md)
@@ -60,7 +61,8 @@ class Querybank:
         """Write the bank beside a head."""
         from safetensors.torch import save
 
-        (folder / FILE).write_bytes(save({"codes": self.codes.contiguous()}))
+        # Not save_file: that leaves a file which only its owner may read; teams share indexes.
+        write_whole(folder / FILE, save({"codes": self.codes.contiguous()}))
 
     @classmethod
     def load(cls, folder: Path) -> Querybank:

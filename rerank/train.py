@@ -175,7 +175,7 @@ class _Run:
             options.kind,
             encoder.text_dim,
             encoder.patch_dim,
-            encoder.grid,
+            data.grid,
             options.width,
             options.heads,
             options.depth,

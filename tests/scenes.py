@@ -1,8 +1,8 @@
 """Composed scenes: things of a colour, a size and a place over photographs, and captions of them.
 
 A scene shows two or three things. Each group holds the eight pictures in which two of its things
-have swapped colours, sizes and places, or not. All eight captions use the same words but for the
-relation, so only binding an attribute to its thing tells the pictures apart.
+have swapped colours, sizes and places, or not. All eight captions use the same words, so only
+binding an attribute to its thing tells the pictures apart.
 """
 
 from __future__ import annotations

@@ -172,6 +172,28 @@ def test_the_set_is_split_by_picture_and_features_belong_to_it(tmp_path):
     assert mask.all()
 
 
+def test_where_cells_hold_one_vector_the_head_is_of_cells(tmp_path):
+    """As on an index whose patches are pooled 2 x 2: nothing is read four times."""
+
+    class Pooled(Pictures):
+        def patches(self, ids):
+            codes = super().patches(ids).codes.unflatten(1, (2, 2))  # (M, h, w, C)
+            codes = codes.repeat_interleave(2, 1).repeat_interleave(2, 2)
+            return PatchBatch(codes.flatten(1, 2), None, Grid(4, 4), alike=Grid(2, 2))
+
+    pictures, plain = Pooled(160, tmp_path), build(tmp_path)
+    data = build_training_set(
+        pictures, pictures.captions(), Words(), val_share=0.2, text_negatives=True, seed=0
+    )
+    assert torch.equal(data.codes, plain.codes)
+    assert data.grid == plain.grid
+    spec = SimpleNamespace(**{**vars(SPEC), "grid": Grid(4, 4)})
+    options = TrainOptions(**{**vars(OPTIONS), "epochs": 1})
+    cpu = torch.device("cpu")
+    head = train_head(data, spec, options, tmp_path / "run", name="mine", device=cpu).head
+    assert head.config.grid == Grid(2, 2)
+
+
 def test_named_splits_are_kept_and_test_is_left_alone(tmp_path):
     pictures = Pictures(160, tmp_path)
     named = [

@@ -188,6 +188,7 @@ def test_patches_that_share_a_cells_vector_are_said_to_be_alike(tmp_path, grid, 
     batch = shards.patches(everything(2))
     even = pool == "2" and grid == Grid(4, 6)
     assert batch.alike == (Grid(2, 3) if even else None)
+    assert stored_form(torch.randn(2, grid.size, 7), shards.row).alike == batch.alike
     if even:
         cells = batch.one_per_cell().unflatten(1, (2, 3))  # (M, h, w, C)
         again = cells.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1, 2)  # (M, P, C)
