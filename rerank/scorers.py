@@ -110,11 +110,11 @@ class HeadScorer:
 
     Args:
         head: in evaluation mode.
-        grid: of the pictures' patches; None if it is the one the head was trained on.
         card: its fusion and calibration.
         device: where to compute. On CUDA the head runs in bfloat16: int8 codes reach 127, and
             their products would leave the range of float16.
         bank: what popularity is measured by; needed if the fusion gives it a weight.
+        grid: of the pictures' patches; None if it is the one the head was trained on.
     """
 
     needs_patches = True
@@ -142,10 +142,8 @@ class HeadScorer:
         """Fuse the head's terms with the cosine; a picture without patches gets a mean term."""
         assert patches is not None
         fusion, calibration = self.card.fusion, self.card.calibration
-        if (head := self._head_of_cells(patches)) is None:
-            rank, _ = self.judge(text, patches.codes, rows)  # (Q, N)
-        else:
-            rank, _ = self.judge(text, patches.one_per_cell(), rows, head)  # (Q, N)
+        head, codes = self._without_repeats(patches)  # codes (M, P', C)
+        rank, _ = self.judge(text, codes, rows, head)  # (Q, N)
         added = fusion.weight * rank  # (Q, N)
         if self.bank is not None and len(patches.codes):
             assert patches.pooled is not None
@@ -189,20 +187,19 @@ class HeadScorer:
             match[queries, columns] = output.match.float()  # (G, n)
         return rank.cpu(), match.cpu()
 
-    def _head_of_cells(self, patches: PatchBatch) -> Head | None:
-        """Return the head for one patch a cell, where cells repeat one vector (``for_grid``).
+    def _without_repeats(self, patches: PatchBatch) -> tuple[Head, Tensor]:
+        """Return the head and codes (M, P', C) to judge: one patch a cell where one stands for all.
 
-        The scores are those of all patches, at a fraction of the cost. None where the patches are
-        not alike, or where a selection reads a part of them by rules of its own.
+        The scores are those of all P patches, at a fraction of the cost (``Head.for_grid``). A
+        selection reads a part of them by rules of its own, so it is given them all.
         """
         cells = patches.alike
-        if cells is None or getattr(self.trained, "selection", None) is not None:
-            return None
-        if not self.trained.config.grid.divides(cells):
-            return None
+        selective = getattr(self.trained, "selection", None) is not None
+        if cells is None or selective or not self.trained.config.grid.divides(cells):
+            return self.head, patches.codes
         if cells not in self._of_cells:
             self._of_cells[cells] = self.trained.for_grid(cells)
-        return self._of_cells[cells]
+        return self._of_cells[cells], patches.one_per_cell()
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         """Copy without waiting: pinned memory lets CUDA overlap the copy with its work."""
