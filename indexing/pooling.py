@@ -51,6 +51,12 @@ def pooled_size(pool: str, grid: Grid) -> int:
     return _clusters(pool) or -(-grid.height // 2) * -(-grid.width // 2)
 
 
+def whole_cells(pool: str, grid: Grid) -> Grid | None:
+    """Return the grid of 2 x 2 cells that a grid is pooled by; None where some are cut off."""
+    halves = pool == "2" and grid.height % 2 == grid.width % 2 == 0
+    return Grid(grid.height // 2, grid.width // 2) if halves else None
+
+
 def cells(grid: Grid) -> np.ndarray:
     """Return the 2 x 2 cell that each patch lies in, (P,) int64; cells count row by row."""
     rows, columns = np.indices(grid).reshape(2, -1) // 2  # (P,)

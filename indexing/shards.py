@@ -28,7 +28,7 @@ import xxhash
 
 from ..core.errors import BadIndex, StorageError
 from ..core.types import Grid, PatchBatch
-from .pooling import cells, pool_patches, pooled_size
+from .pooling import cells, pool_patches, pooled_size, whole_cells
 
 if TYPE_CHECKING:
     import torch
@@ -57,9 +57,7 @@ class RowFormat:
     @property
     def alike(self) -> Grid | None:
         """The coarser grid whose cells hold one vector each; None unless pooled by whole cells."""
-        height, width = self.grid
-        halves = self.pool == "2" and height % 2 == width % 2 == 0
-        return Grid(height // 2, width // 2) if halves else None
+        return whole_cells(self.pool, self.grid)
 
     @property
     def pooled(self) -> np.dtype:

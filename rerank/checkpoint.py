@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import ModelError
-from ..core.writing import write_whole
+from ..core.writing import write_tensors, write_whole
 
 if TYPE_CHECKING:
     from .heads import Head, HeadConfig
@@ -62,13 +62,10 @@ class HeadCard:
 
 def save_head(folder: Path, head: Head, card: HeadCard, bank: Querybank | None = None) -> None:
     """Write a head, its bank and its card; the config comes last, so half a folder is no head."""
-    from safetensors.torch import save
-
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)  # of an earlier head
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-    # Not save_file: that leaves a file which only its owner may read; teams share indexes.
-    write_whole(folder / WEIGHTS, save(state))
+    state = {name: tensor.detach().cpu() for name, tensor in head.state_dict().items()}
+    write_tensors(folder / WEIGHTS, state)
     if bank is not None:
         bank.save(folder)
     values = {"format": FORMAT, "head": head.config.to_dict(), **asdict(card)}

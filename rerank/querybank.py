@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..core.errors import ModelError
-from ..core.writing import write_whole
+from ..core.writing import write_tensors
 
 FILE = "querybank.safetensors"
 LARGEST = 5000  # captions; more change little (docs/rerank.md)
@@ -59,10 +59,7 @@ class Querybank:
 
     def save(self, folder: Path) -> None:
         """Write the bank beside a head."""
-        from safetensors.torch import save
-
-        # Not save_file: that leaves a file which only its owner may read; teams share indexes.
-        write_whole(folder / FILE, save({"codes": self.codes.contiguous()}))
+        write_tensors(folder / FILE, {"codes": self.codes})
 
     @classmethod
     def load(cls, folder: Path) -> Querybank:
