@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--unseen", type=int, default=100, help="groups of eight to ask for")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--kinds", nargs="+", default=["cross"])
+    parser.add_argument("--seed", type=int, default=0, help="of the training, not of the scenes")
     parser.add_argument("--work", type=Path, help="keep scenes and index here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -102,7 +103,7 @@ def main() -> None:
         for kind in args.kinds:
             start = time.perf_counter()
             mmsearch("train", table, "--index", work / "index", "--scorer", kind, "--force",
-                     "--epochs", args.epochs, *SMALL)  # fmt: skip
+                     "--epochs", args.epochs, "--seed", args.seed, *SMALL)  # fmt: skip
             seconds = time.perf_counter() - start
             figures = recall(
                 work / "index", work / "unseen", [each.caption for each in unseen], kind
