@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..rerank.train import EpochDone, Event
 
 KINDS = ("cross", "co", "shared")
+RESERVED = (".", "..", "coarse", "late", "itm")  # no folder's own name, or another scorer's
 EXAMPLES = """
 Examples:
 
@@ -88,7 +89,8 @@ def train(
     ] = True,
     learning_rate: Annotated[float, typer.Option("--learning-rate", min=0)] = 5e-4,
     match_weight: Annotated[
-        float, typer.Option("--match-weight", min=0, help="Weight of the match loss.")
+        float,
+        typer.Option("--match-weight", min=0, help="Weight of the match loss; 0 leaves it out."),
     ] = 0.5,
     text_negatives: Annotated[
         bool,
@@ -139,8 +141,7 @@ def train(
     if width % heads:
         raise UsageError(f"--width {width} is not a multiple of --heads {heads}")
     called = name or scorer
-    if Path(called).name != called or called in ("coarse", "late", "itm") or ":" in called:
-        raise UsageError(f"{called!r} cannot be the name of a trained scorer")
+    _check_name(called)
     from ..core.device import choose_device
     from ..evaluation.datasets import read_captions
     from ..indexing.encoder import load_text_encoder
@@ -215,6 +216,19 @@ def train(
     else:
         stdout.print("not installed: it does not beat the coarse order (--force installs it)")
     stdout.print(f"results in {folder}", soft_wrap=True)
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that is not one folder's, or that queries take for something else.
+
+    Raises:
+        UsageError: it is.
+    """
+    if name in RESERVED or any(each in name for each in "/\\:"):
+        raise UsageError(
+            f"{name!r} cannot be the name of a trained scorer",
+            f"Use one without / \\ and : that is none of {', '.join(RESERVED)}.",
+        )
 
 
 class _Show:

@@ -56,6 +56,26 @@ def normalising_gain(codes: Tensor) -> Tensor:
     return codes.shape[-1] ** 0.5 / norm.clamp_min(1e-6)  # (..., P)
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``softmax(q . k + bias) v``, by PyTorch's fused kernels, which take four dimensions.
+
+    Args:
+        query: (G, N, H, S, d), scaled already.
+        key: (G, N, H, R, d).
+        value: (G, N, H, R, d).
+        bias: added to the logits, of a shape that broadcasts to (G, N, H, S, R).
+
+    Returns:
+        (G, N, H, S, d)
+    """
+    if bias is not None:
+        bias = bias.to(query.dtype).expand(*query.shape[:2], -1, -1, -1).flatten(0, 1)
+    seen = functional.scaled_dot_product_attention(
+        query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), attn_mask=bias, scale=1.0
+    )  # (G N, H, S, d)
+    return seen.unflatten(0, query.shape[:2])  # (G, N, H, S, d)
+
+
 class CrossAttention(nn.Module):
     """Multi-head cross-attention, equal to ``nn.MultiheadAttention`` with the same weights.
 
@@ -91,18 +111,20 @@ class CrossAttention(nn.Module):
 
     def projected(self, states: Tensor, context: Context) -> Tensor:
         """Project every patch to keys and values, then attend. Shapes as in ``forward``."""
-        shape = (states.shape[0], context.codes.shape[1], -1, -1, -1)
-        query = self._query(states).transpose(2, 3).expand(shape)  # (G, N, H, T, d)
-        patches = context.values()  # (G, N, P, C)
-        key = self._split(self.k_proj(patches)).transpose(2, 3).expand(shape)  # (G, N, H, P, d)
-        value = self._split(self.v_proj(patches)).transpose(2, 3).expand(shape)  # (G, N, H, P, d)
-        bias = context.bias  # (G, N, P)
-        if bias is not None:
-            bias = bias[:, :, None, None].to(query.dtype)  # (G, N, 1, 1, P)
-        pooled = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=bias, scale=1.0
-        )  # (G, N, H, T, d)
-        return self.out_proj(pooled.transpose(2, 3).flatten(3))  # (G, N, T, W)
+        pictures = context.codes.shape[1]
+        query = self._query(states).expand(-1, pictures, -1, -1, -1)  # (G, N, T, H, d)
+        patches = context.values()  # (G, N, P, C), or (1, N, P, C) if all texts share them
+        key, value = self._split(self.k_proj(patches)), self._split(self.v_proj(patches))
+        # Texts that share their pictures ask as one, S T queries long: nothing is copied for them.
+        query = query.unflatten(0, (len(patches), -1))  # (G/S, S, N, T, H, d)
+        pooled = attend(
+            query.permute(0, 2, 4, 1, 3, 5).flatten(3, 4),  # (G/S, N, H, S T, d)
+            key.transpose(2, 3),  # (G/S, N, H, P, d)
+            value.transpose(2, 3),  # (G/S, N, H, P, d)
+            None if context.bias is None else context.bias[:, :, None, None],  # (G/S, N, 1, 1, P)
+        )  # (G/S, N, H, S T, d)
+        pooled = pooled.unflatten(3, query.shape[1:4:2])  # (G/S, N, H, S, T, d)
+        return self.out_proj(pooled.permute(0, 3, 1, 4, 2, 5).flatten(0, 1).flatten(3))
 
     def absorbed(self, states: Tensor, context: Context) -> Tensor:
         """Attend to the raw codes and project what was pooled. Shapes as in ``forward``."""

@@ -31,7 +31,7 @@ class Fusion:
 
     scale: float  # what the cosine similarity is multiplied by
     weight: float = 1.0
-    popularity_weight: float = 0.0  # with 0 there is no bank
+    popularity_weight: float = 0.0  # with 0 the bank is not read
     offset: float = 0.0  # mean on val of what is added to ``scale * cosine``; stands in for
     # candidates without patches
 

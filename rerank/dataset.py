@@ -5,6 +5,8 @@ Patches stay in the codes of the index; token states are kept in half precision,
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from ..indexing.index import ImageIndex
 
 FEWEST_PICTURES = 50
+FEWEST_VALIDATION = 20  # of them; on fewer, fusion and calibration cannot be fitted
 TEXTS_AT_ONCE = 256
 
 
@@ -85,6 +88,18 @@ class TrainingSet:
         """Return the caption rows of some pictures, in order."""
         return np.flatnonzero(np.isin(self.owner, pictures))
 
+    def fingerprint(self) -> str:
+        """Return a sha256 (hex) that is another if captions, split or pictures are others.
+
+        Of the pictures it takes the pooled vectors: the patches come from the same pass of the
+        encoder, and reading all of them would take long.
+        """
+        rows = (self.owner, self.wrong_of, self.train, self.val)
+        listed = [self.captions.texts, self.wrong.texts, *(each.tolist() for each in rows)]
+        found = hashlib.sha256(json.dumps(listed).encode())
+        found.update(self.pooled.contiguous().numpy().tobytes())
+        return found.hexdigest()
+
 
 def build_training_set(
     index: ImageIndex,
@@ -109,11 +124,13 @@ def build_training_set(
         on_texts: called with (encoded, of all) texts.
 
     Raises:
-        InputError: fewer than FEWEST_PICTURES captioned pictures are in the index.
+        InputError: fewer than FEWEST_PICTURES captioned pictures are in the index, or the split
+            that the captions name leaves too few to train or to validate on.
     """
     used = [each for each in captions if each.split != "test" and each.text.strip()]
     ids = {path: index.id_of(path) for path in dict.fromkeys(each.path for each in used)}
-    rows = {path: row for row, path in enumerate(path for path, id_ in ids.items() if id_)}
+    there = [path for path, id_ in ids.items() if id_ is not None]
+    rows = {path: row for row, path in enumerate(there)}
     if len(rows) < FEWEST_PICTURES:
         raise InputError(
             f"{len(rows)} of {len(ids)} captioned pictures are in the index; training needs "
@@ -149,13 +166,23 @@ def build_training_set(
 def _split(
     used: Sequence[Captioned], rows: dict[Path, int], share: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return training and validation pictures; no picture is in both."""
+    """Return training and validation pictures; no picture is in both.
+
+    Raises:
+        InputError: too few are left for either.
+    """
     named = {rows[each.path] for each in used if each.split in ("val", "validation", "dev")}
     everything = np.arange(len(rows))
     if not named:
-        count = min(1000, max(20, round(share * len(rows))))
+        count = min(1000, max(FEWEST_VALIDATION, round(share * len(rows))))
         named = set(np.random.default_rng(seed).permutation(everything)[:count].tolist())
     val = np.array(sorted(named))
+    if len(val) < FEWEST_VALIDATION:
+        raise InputError(
+            f"{len(val)} pictures of split val are in the index; validation needs at least "
+            f"{FEWEST_VALIDATION}",
+            "Mark captions of more pictures as split val, or none, so that a share is drawn.",
+        )
     train = np.setdiff1d(everything, val)
     if len(train) < FEWEST_PICTURES // 2:
         raise InputError(

@@ -54,10 +54,12 @@ def fuse(judged: Judged, popularity_weight: float, weight: float) -> Tensor:
 
 
 def fit_fusion(judged: Judged) -> Fit:
-    """Choose the weights of popularity and rank term, and measure them honestly.
+    """Choose the weights of popularity and rank term, and measure each on other pictures.
 
     The weights are those with the most hits at 1 (then at 5) over all queries. For the figures,
-    the pictures are halved and each half is ranked with the weights that suit the other.
+    the pictures are halved and each half is ranked with the weights that suit the other, so no
+    weight is measured on what it was fitted to. That does not hold of the head: training keeps
+    the epoch that was best on these very captions, so the figures are slightly optimistic.
     """
     grid = list(itertools.product(POPULARITY_WEIGHTS, WEIGHTS))  # the first is the cosine alone
     relevant = judged.relevant  # (Q, N)
@@ -111,12 +113,12 @@ def calibrate(judged: Judged, fused: Tensor, steps: int = 100) -> Calibration:
     spread[1] = 1.0
     x = x / spread
     theta = torch.zeros(2, dtype=torch.float64)  # (2,)
-    ridge = 1e-3 * torch.eye(2, dtype=torch.float64)
+    ridge = 1e-3 * torch.eye(2, dtype=torch.float64)  # (2, 2)
     for _ in range(steps):  # Newton's method
         p = (x @ theta).sigmoid()  # (QN,)
-        gradient = x.T @ (p - y) + 1e-3 * theta  # (3,)
-        hessian = x.T @ (x * (p * (1 - p)).unsqueeze(1)) + ridge  # (3, 3)
-        step = torch.linalg.solve(hessian, gradient)  # (3,)
+        gradient = x.T @ (p - y) + 1e-3 * theta  # (2,)
+        hessian = x.T @ (x * (p * (1 - p)).unsqueeze(1)) + ridge  # (2, 2)
+        step = torch.linalg.solve(hessian, gradient)  # (2,)
         theta = theta - step.clamp(-2, 2)
         if float(step.abs().max()) < 1e-6:
             break

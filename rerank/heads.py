@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ModelError
 from ..core.types import Grid
-from .attention import Context, CrossAttention, normalising_gain
+from .attention import Context, CrossAttention, attend, normalising_gain
 from .sparse import Selection
 
 REACH = 8  # words further apart than this are all equally far
@@ -202,16 +202,20 @@ class StreamAttention(nn.Module):
 
     def forward(self, states: Tensor, others: Tensor, bias: Tensor | None) -> Tensor:
         """Attend from (G, N, S, W) to (G, N, R, W) under a bias for (G, N, H, S, R)."""
-        query, key = self._split(self.q_proj(states)), self._split(self.k_proj(others))
-        value = self._split(self.v_proj(others))  # (G, N, H, R, d)
-        seen = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        query, key = self._project(states, others)  # (G, N, H, S, d), (G, N, H, R, d)
+        seen = attend(query, key, self._split(self.v_proj(others)), bias)  # (G, N, H, S, d)
         return self.out_proj(seen.transpose(2, 3).flatten(3))  # (G, N, S, W)
 
     def weights(self, states: Tensor, others: Tensor, bias: Tensor | None) -> Tensor:
         """Return where the states look: (G, N, H, S, R), rows summing to one."""
-        query, key = self._split(self.q_proj(states)), self._split(self.k_proj(others))
-        logits = query @ key.transpose(3, 4) * query.shape[-1] ** -0.5  # (G, N, H, S, R)
+        query, key = self._project(states, others)  # (G, N, H, S, d), (G, N, H, R, d)
+        logits = query @ key.transpose(3, 4)  # (G, N, H, S, R)
         return (logits if bias is None else logits + bias).softmax(dim=-1)  # (G, N, H, S, R)
+
+    def _project(self, states: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scaled queries (G, N, H, S, d) and keys (G, N, H, R, d)."""
+        query = self._split(self.q_proj(states))  # (G, N, H, S, d)
+        return query * query.shape[-1] ** -0.5, self._split(self.k_proj(others))
 
     def _split(self, stream: Tensor) -> Tensor:
         """(G, N, S, W) -> (G, N, H, S, d)."""

@@ -38,7 +38,9 @@ Text to image over {figures["pictures"]:.0f} validation pictures, {figures["quer
 {rows}
 
 Paired over pictures, recall at 1: p = {figures["p"]:.4f}. The head {verdict}.
-The fusion weight of each half of the pictures was fitted on the other half.
+The fusion weight of each half of the pictures was fitted on the other half. The epoch was chosen
+on these pictures, so the figures are slightly optimistic: measure on pictures not used here, with
+`mmsearch eval`.
 
 Score: `{card.fusion.scale:.2f} * (cosine - {card.fusion.popularity_weight:.2f} * popularity)
 + {card.fusion.weight:.2f} * rank`.

@@ -14,12 +14,15 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core.types import Grid
 from .attention import Context, CrossAttention, normalising_gain
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -49,15 +52,13 @@ class Selection(ABC):
             attention: what decides where to read on.
             states: (G, 1, T, W), what that attention would be given.
             mask: (G, T) bool, True where there is a token.
-            codes: (G, N, P, C).
+            codes: (G, N, P, C), or (1, N, P, C) for pictures that all texts share.
             place: (P, C).
             grid: how the P patches lie.
         """
-        layout = _layout(grid, self.stride)
-        looked = layout.looked.to(codes.device)  # (R,)
-        members = layout.members.to(codes.device)  # (R, stride^2), -1 where a cell is cut off
+        looked, members = _layout(grid, self.stride, codes.device)  # (R,), (R, stride^2)
         log_count = (members >= 0).sum(dim=1).to(states.dtype).log()  # (R,)
-        everywhere = looked.expand(*codes.shape[:2], -1)  # (G, N, R)
+        everywhere = looked.expand(len(states), codes.shape[1], -1)  # (G, N, R)
         coarse = _gather(codes, everywhere, place, log_count.expand(everywhere.shape), states.dtype)
         weights = attention.weights(states, coarse)  # (G, N, H, T, R)
         drawn = (weights * mask[:, None, None, :, None]).sum(dim=(2, 3))  # (G, N, R)
@@ -86,7 +87,7 @@ class Hierarchical(Selection):
         """Return S = R + F * stride^2 patches; those seen twice are hidden once."""
         assert coarse.bias is not None
         assert coarse.cells is not None
-        members = _layout(grid, self.stride).members.to(codes.device)  # (R, stride^2)
+        members = _layout(grid, self.stride, codes.device).members  # (R, stride^2)
         fine = _present(members[strongest].flatten(2), codes, coarse)  # (G, N, F * stride^2)
         hidden = coarse.bias.scatter(2, strongest, -torch.inf)  # (G, N, R)
         return Context(
@@ -115,7 +116,7 @@ class Local(Selection):
 
     def read_on(self, coarse: Context, strongest: Tensor, codes: Tensor, grid: Grid) -> Context:
         """Return S = F * (2 * radius + 1)^2 patches; repeats and what lies outside are hidden."""
-        windows = _windows(grid, self.stride, self.radius).to(codes.device)  # (R, width^2)
+        windows = _windows(grid, self.stride, self.radius, codes.device)  # (R, width^2)
         cells = windows[strongest].flatten(2).sort(dim=-1).values  # (G, N, S)
         repeated = torch.zeros_like(cells, dtype=torch.bool)  # (G, N, S)
         repeated[..., 1:] = cells[..., 1:] == cells[..., :-1]
@@ -125,31 +126,30 @@ class Local(Selection):
 SELECTIONS: dict[str, type[Selection]] = {"local": Local, "hierarchical": Hierarchical}
 
 
-@dataclass(frozen=True)
-class _Layout:
+class _Layout(NamedTuple):
     looked: Tensor  # (R,) the patch looked at in each coarse cell
     members: Tensor  # (R, stride^2) the patches of each coarse cell, -1 where it is cut off
 
 
 @functools.cache
-def _layout(grid: Grid, stride: int) -> _Layout:
+def _layout(grid: Grid, stride: int, device: torch.device = CPU) -> _Layout:
     index = torch.arange(grid.size).view(grid)  # (h, w)
     down, right = -grid.height % stride, -grid.width % stride
     padded = torch.nn.functional.pad(index, (0, right, 0, down), value=-1)  # multiples of stride
     members = padded.unfold(0, stride, stride).unfold(1, stride, stride).flatten(2).flatten(0, 1)
     middles = [row[row >= 0][int((row >= 0).sum()) // 2] for row in members]
-    return _Layout(torch.stack(middles), members)
+    return _Layout(torch.stack(middles).to(device), members.to(device))
 
 
 @functools.cache
-def _windows(grid: Grid, stride: int, radius: int) -> Tensor:
+def _windows(grid: Grid, stride: int, radius: int, device: torch.device = CPU) -> Tensor:
     """The patches around each patch looked at, (R, (2 * radius + 1)^2), -1 outside the picture."""
     looked = _layout(grid, stride).looked  # (R,)
     steps = torch.arange(-radius, radius + 1)  # (width,)
     rows = (looked // grid.width)[:, None, None] + steps[:, None]  # (R, width, 1)
     columns = (looked % grid.width)[:, None, None] + steps[None, :]  # (R, 1, width)
     inside = (rows >= 0) & (rows < grid.height) & (columns >= 0) & (columns < grid.width)
-    return torch.where(inside, rows * grid.width + columns, -1).flatten(1)  # (R, width^2)
+    return torch.where(inside, rows * grid.width + columns, -1).flatten(1).to(device)
 
 
 def _present(cells: Tensor, codes: Tensor, like: Context) -> Context:
@@ -161,7 +161,7 @@ def _present(cells: Tensor, codes: Tensor, like: Context) -> Context:
 def _gather(
     codes: Tensor, cells: Tensor, place: Tensor, bias: Tensor, dtype: torch.dtype
 ) -> Context:
-    """Take patches by cells (G, N, S) from codes (G, N, P, C) and widen them."""
+    """Take patches by cells (G, N, S) from codes (G or 1, N, P, C) and widen them."""
     count, patches = codes.shape[:2].numel(), codes.shape[2]
     first = torch.arange(count, device=codes.device).view(*codes.shape[:2], 1) * patches
     rows = codes.flatten(0, 2).index_select(0, (first + cells).flatten())  # (G * N * S, C)

@@ -12,7 +12,9 @@ narrows as training goes. Weights are averaged over steps, and the average is wh
 from __future__ import annotations
 
 import copy
+import io
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..core.errors import InputError, ModelError
+from ..core.writing import write_whole
 from .alignment import NARROWEST, align
 from .checkpoint import Calibration, Fusion, HeadCard, save_head
 from .dataset import TrainingSet
@@ -37,9 +40,12 @@ if TYPE_CHECKING:
     from ..indexing.encoder import EncoderSpec
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
+# What a checkpoint holds of a run besides weights and optimiser.
+PROGRESS = ("epoch", "stale", "steps", "best_value", "best", "history")
 CONTEXT_SAMPLE = 512  # pictures whose patches set the head's starting point
 ALIGN_SAMPLE = 4096  # and captions
 QUERIES_AT_ONCE = 64
+STEPS_UNREAD = 20  # reading the loss makes the host wait for the device
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class TrainOptions:
     learning_rate: float = 5e-4
     weight_decay: float = 0.05
     averaging: float = 0.995  # decay of the weight average
-    match_weight: float = 0.5
+    match_weight: float = 0.5  # of telling pairs from non-pairs, captions made wrong included
     text_negatives: bool = True
     coarse_in_loss: bool | None = None  # None: unless the encoder has seen the training pictures
     patience: int = 4  # epochs without a better validation before stopping
@@ -77,7 +83,7 @@ class StepDone:
     epochs: int
     step: int
     steps: int
-    loss: float  # running mean
+    loss: float  # mean of this epoch's steps up to the last of which it was read
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,8 @@ def train_head(
         on_event: called after each step and each epoch.
 
     Raises:
-        ModelError: there is no checkpoint to resume, or it is of other options.
+        ModelError: there is no checkpoint to resume, it cannot be read, or it is of other options,
+            captions or pictures.
         InputError: the loss is not a number.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,13 +151,11 @@ def train_head(
     run = _Run(data, encoder, options, device, with_coarse)
     if resume:
         run.load(folder / CHECKPOINT)
-    else:
-        (folder / METRICS).write_text("")
+    _write_metrics(folder, run.history)
     while run.epoch < options.epochs and run.stale < options.patience:
-        row = run.one_epoch(on_event)
-        with (folder / METRICS).open("a") as lines:
-            lines.write(json.dumps(row) + "\n")
+        run.one_epoch(on_event)
         run.save(folder / CHECKPOINT)
+        _write_metrics(folder, run.history)
     head = build_head(run.config)
     head.load_state_dict(run.best)
     outcome = _finish(head.eval(), data, encoder, options, name, device, run.history)
@@ -171,6 +176,13 @@ class _Run:
     ) -> None:
         self.data, self.options, self.device = data, options, device
         self.with_coarse = with_coarse
+        self.material = {  # besides the options, what decides which weights come out
+            "weights_hash": encoder.weights_hash,
+            "patch_kind": encoder.patch_kind,
+            "grid": list(data.grid),
+            "captions": data.fingerprint(),
+            "with_coarse": with_coarse,
+        }
         self.config = HeadConfig(
             options.kind,
             encoder.text_dim,
@@ -225,23 +237,10 @@ class _Run:
         else:
             self.head.fit_context(patches)
 
-    def one_epoch(self, on_event: Callable[[Event], None] | None) -> dict[str, Any]:
+    def one_epoch(self, on_event: Callable[[Event], None] | None) -> None:
         """Train one epoch and validate; a run broken off between epochs goes on the same."""
-        options = self.options
         start = time.perf_counter()
-        rng = random.Random(f"{options.seed}-{self.epoch}")
-        torch.manual_seed(options.seed * 1000 + self.epoch)
-        groups = list(self._groups(rng))
-        running = 0.0
-        self.head.train()
-        for at, captions in enumerate(groups):
-            done = (self.epoch + at / len(groups)) / options.epochs
-            for part in self.optimiser.param_groups:
-                part["lr"] = options.learning_rate * _schedule(self.steps, done)
-            loss = self._step(captions)
-            running += (loss - running) / (at + 1)
-            if on_event:
-                on_event(StepDone(self.epoch, options.epochs, at + 1, len(groups), running))
+        loss = self._train(on_event)
         self.epoch += 1
         fit = self._validate()
         r1, coarse_r1 = 100 * fit.hits[:, 0].mean(), 100 * fit.coarse_hits[:, 0].mean()
@@ -256,7 +255,7 @@ class _Run:
         seconds = time.perf_counter() - start
         row = {
             "epoch": self.epoch,
-            "loss": round(running, 5),
+            "loss": round(loss, 5),
             "r1": round(float(r1), 3),
             "r5": round(100 * float(fit.hits[:, 1].mean()), 3),
             "r10": round(100 * float(fit.hits[:, 2].mean()), 3),
@@ -265,9 +264,31 @@ class _Run:
         }
         self.history.append(row)
         if on_event:
-            told = (running, float(r1), float(coarse_r1), better, seconds)
-            on_event(EpochDone(self.epoch, options.epochs, *told))
-        return row
+            told = (loss, float(r1), float(coarse_r1), better, seconds)
+            on_event(EpochDone(self.epoch, self.options.epochs, *told))
+
+    def _train(self, on_event: Callable[[Event], None] | None) -> float:
+        """Take the steps of one epoch and return their mean loss.
+
+        Raises:
+            InputError: a loss was not a number; at most STEPS_UNREAD steps later.
+        """
+        options = self.options
+        rng = random.Random(f"{options.seed}-{self.epoch}")
+        torch.manual_seed(options.seed * 1000 + self.epoch)
+        groups = list(self._groups(rng))
+        total, mean = torch.zeros((), device=self.device), 0.0
+        self.head.train()
+        for at, captions in enumerate(groups):
+            done = (self.epoch + at / len(groups)) / options.epochs
+            for part in self.optimiser.param_groups:
+                part["lr"] = options.learning_rate * _schedule(self.steps, done)
+            total += self._step(captions)
+            if at % STEPS_UNREAD == 0 or at + 1 == len(groups):
+                mean = _read_mean(total, at + 1)
+            if on_event:
+                on_event(StepDone(self.epoch, options.epochs, at + 1, len(groups), mean))
+        return mean
 
     def _groups(self, rng: random.Random) -> Iterator[list[int]]:
         """Yield groups of K captions of K pictures that are near each other."""
@@ -290,46 +311,9 @@ class _Run:
                 others = [at for at in row if at != anchor][:pool]
                 yield [said[at] for at in [anchor, *rng.sample(others, size - 1)]]
 
-    def _step(self, captions: list[int]) -> float:
-        """One group, one step of the optimiser."""
-        data, device = self.data, self.device
-        pictures = data.owner[captions]
-        tokens, mask = data.captions.batch(captions)  # (K, T, C_text), (K, T)
-        codes = data.codes[pictures].to(device)  # (K, P, C)
-        broken = data.wrong_of[captions]  # (K,)
-        cosine = data.captions.pooled[captions] @ data.pooled[pictures].T  # (K, K)
-        texts = [data.captions.texts[row] for row in captions]
-        # Two pictures with the very same caption are not each other's negatives.
-        same = torch.tensor([[a == b for b in texts] for a in texts]).fill_diagonal_(False)
-        dtype = torch.bfloat16 if device.type == "cuda" or _fast_bf16() else torch.float32
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            output = self.head.judge(tokens.to(device), mask.to(device), codes.unsqueeze(0))
-            rank, match = output.rank.float(), output.match.float()  # (K, K): text, picture
-            loss = rank.new_zeros(())
-            wrong_rank = rank.new_full((len(captions), 1), -torch.inf)  # (K, 1)
-            has = torch.from_numpy(broken >= 0)  # (K,)
-            if has.any():
-                said, there = data.wrong.batch(
-                    [row for row in broken.tolist() if row >= 0]
-                )  # (k, T, C_text), (k, T)
-                wrong = self.head(said.to(device), there.to(device), codes[has])
-                wrong_rank[has, 0] = wrong.rank.float()
-                loss = loss + functional.softplus(wrong.match.float()).mean() * 0.25
-        if self.with_coarse:
-            scale = self.log_scale.exp()
-            rank = rank + scale * cosine.to(device)  # (K, K)
-            own = cosine.diagonal().to(device).unsqueeze(1)  # (K, 1), as if the wrong text were it
-            wrong_rank = wrong_rank + scale * own  # (K, 1)
-        rank = rank.masked_fill(same.to(device), -torch.inf)  # (K, K)
-        target = torch.arange(len(captions), device=device)  # (K,)
-        by_text = functional.cross_entropy(rank, target)
-        by_picture = functional.cross_entropy(torch.cat([rank.T, wrong_rank], dim=1), target)
-        loss = loss + 0.5 * (by_text + by_picture)
-        loss = loss + self.options.match_weight * _match_loss(match, same.to(device))
-        if not loss.isfinite():
-            raise InputError(
-                "training diverged: the loss is not a number", "Try a lower --learning-rate."
-            )
+    def _step(self, captions: list[int]) -> Tensor:
+        """One group, one step of the optimiser; return the loss (), still on the device."""
+        loss = self._loss(captions)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
@@ -339,7 +323,44 @@ class _Run:
         with torch.no_grad():
             for ours, theirs in zip(self.average.parameters(), self.head.parameters(), strict=True):
                 ours.lerp_(theirs, 1 - decay)
-        return float(loss.detach())
+        return loss.detach()
+
+    def _loss(self, captions: list[int]) -> Tensor:
+        """Judge one group and return its loss, (); nothing here waits for the device."""
+        data, device = self.data, self.device
+        pictures = data.owner[captions]
+        tokens, mask = data.captions.batch(captions)  # (K, T, C_text), (K, T)
+        codes = _send(data.codes[pictures], device)  # (K, P, C)
+        cosine = _send(data.captions.pooled[captions] @ data.pooled[pictures].T, device)  # (K, K)
+        texts = [data.captions.texts[row] for row in captions]
+        # Two pictures with the very same caption are not each other's negatives.
+        same = torch.tensor([[a == b for b in texts] for a in texts]).fill_diagonal_(False)
+        same = _send(same, device)  # (K, K)
+        broken = data.wrong_of[captions]  # (K,)
+        has = np.flatnonzero(broken >= 0)  # (k,)
+        dtype = torch.bfloat16 if device.type == "cuda" or _fast_bf16() else torch.float32
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            output = self.head.judge(_send(tokens, device), _send(mask, device), codes.unsqueeze(0))
+            rank, match = output.rank.float(), output.match.float()  # (K, K): text, picture
+            wrong_rank = rank.new_full((len(captions), 1), -torch.inf)  # (K, 1)
+            of_wrong = rank.new_zeros(())
+            if len(has):
+                said, there = data.wrong.batch(broken[has].tolist())  # (k, T, C_text), (k, T)
+                rows = _send(torch.from_numpy(has), device)  # (k,)
+                wrong = self.head(_send(said, device), _send(there, device), codes[rows])
+                wrong_rank[rows, 0] = wrong.rank.float()
+                of_wrong = functional.softplus(wrong.match.float()).mean()
+        if self.with_coarse:
+            scale = self.log_scale.exp()
+            rank = rank + scale * cosine  # (K, K)
+            own = cosine.diagonal().unsqueeze(1)  # (K, 1), as if the wrong text were it
+            wrong_rank = wrong_rank + scale * own  # (K, 1)
+        rank = rank.masked_fill(same, -torch.inf)  # (K, K)
+        target = torch.arange(len(captions), device=device)  # (K,)
+        by_text = functional.cross_entropy(rank, target)
+        by_picture = functional.cross_entropy(torch.cat([rank.T, wrong_rank], dim=1), target)
+        matched = _match_loss(match, same) + 0.5 * of_wrong
+        return 0.5 * (by_text + by_picture) + self.options.match_weight * matched
 
     def _validate(self) -> Fit:
         return fit_fusion(
@@ -350,47 +371,99 @@ class _Run:
         """Write a checkpoint in one move."""
         state = {
             "options": asdict(self.options),
+            "material": self.material,
             "head": self.head.state_dict(),
             "average": self.average.state_dict(),
             "log_scale": self.log_scale.detach(),
             "optimiser": self.optimiser.state_dict(),
-            "epoch": self.epoch,
-            "stale": self.stale,
-            "steps": self.steps,
-            "best_value": self.best_value,
-            "best": self.best,
-            "history": self.history,
+            **{field: getattr(self, field) for field in PROGRESS},
         }
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(path)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_whole(path, buffer.getvalue())
 
     def load(self, path: Path) -> None:
-        """Go back to where a checkpoint was written."""
+        """Go back to where a checkpoint was written.
+
+        Raises:
+            ModelError: there is none, it cannot be read, or it is of another run.
+        """
+        folder = path.parent
+        state = _read_checkpoint(path)
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-        except OSError as error:
-            raise ModelError(
-                f"no checkpoint to resume in {path.parent}", "Start without --resume."
-            ) from error
+            self._check(state, folder)
+            self._restore(state, folder)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise _unreadable(folder, error) from error
+
+    def _check(self, state: dict[str, Any], folder: Path) -> None:
+        """Refuse a checkpoint that other options or other captions led to.
+
+        Raises:
+            ModelError: they did.
+        """
         # More epochs may be asked for, but the rest decides what the weights mean.
         if replace(TrainOptions(**state["options"]), epochs=0) != replace(self.options, epochs=0):
             raise ModelError(
-                f"the checkpoint in {path.parent} was made with other options",
+                f"the checkpoint in {folder} was made with other options",
                 "Give the same options, or start without --resume.",
             )
+        if state["material"] != self.material:
+            raise ModelError(
+                f"captions, split or index changed since the checkpoint in {folder} was made",
+                "Give the same captions, index and --val-share, or start without --resume.",
+            )
+
+    def _restore(self, state: dict[str, Any], folder: Path) -> None:
+        """Take over what a checkpoint holds.
+
+        Raises:
+            ModelError: its weights are not of this head.
+        """
         try:
             self.head.load_state_dict(state["head"])
             self.average.load_state_dict(state["average"])
         except RuntimeError as error:
             raise ModelError(
-                f"the checkpoint in {path.parent} is of a head that this version builds otherwise",
+                f"the checkpoint in {folder} is of a head that this version builds otherwise",
                 "Start without --resume.",
             ) from error
         self.log_scale.data.copy_(state["log_scale"])
         self.optimiser.load_state_dict(state["optimiser"])
-        for field in ("epoch", "stale", "steps", "best_value", "best", "history"):
+        for field in PROGRESS:
             setattr(self, field, state[field])
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint to the CPU: there AdamW keeps its step counts, which it reads each step.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"no checkpoint to resume in {path.parent}", "Start without --resume."
+        ) from error
+    except Exception as error:  # a damaged file may raise anything
+        raise _unreadable(path.parent, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> ModelError:
+    # The first sentence: torch goes on with advice, such as to load it without weights_only.
+    reason = str(error).partition("\n")[0].partition(". ")[0]
+    said = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+    return ModelError(
+        f"the checkpoint in {folder} cannot be read: {said}",
+        "Start without --resume.",
+    )
+
+
+def _write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
+    """Write the epochs so far, one a line: those of the checkpoint, wherever a run broke off."""
+    lines = "".join(json.dumps(row) + "\n" for row in history)
+    write_whole(folder / METRICS, lines.encode())
 
 
 def judge_val(
@@ -412,7 +485,7 @@ def judge_val(
     cosine = data.captions.pooled[queries] @ gallery.T  # (Q, V)
     top = cosine.topk(min(options.candidates, len(data.val)), dim=1)  # (Q, N) twice
     scorer = HeadScorer(copy.deepcopy(head), HeadCard("", "", "", Fusion(0.0)), device)
-    codes = data.codes[data.val]  # (V, P, C)
+    codes = data.codes[data.val].to(device)  # (V, P, C), once for all queries
     ranks, matches = [], []
     for at in range(0, len(queries), QUERIES_AT_ONCE):
         text = data.captions.features(queries[at : at + QUERIES_AT_ONCE].tolist())
@@ -454,14 +527,35 @@ def _finish(
     return Outcome(head.cpu(), card, history)
 
 
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy without waiting: pinned memory lets CUDA overlap the copy with its work."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _read_mean(total: Tensor, steps: int) -> float:
+    """Return the mean loss of some steps from their sum (), in which one bad loss shows for good.
+
+    Raises:
+        InputError: it is not a number.
+    """
+    mean = float(total) / steps
+    if not math.isfinite(mean):
+        raise InputError(
+            "training diverged: the loss is not a number", "Try a lower --learning-rate."
+        )
+    return mean
+
+
 def _match_loss(match: Tensor, same: Tensor) -> Tensor:
-    """Binary cross-entropy of (K, K) logits; pairs and non-pairs weigh the same in all."""
-    pairs = torch.eye(len(match), dtype=torch.bool, device=match.device)  # (K, K)
-    others = ~pairs & ~same  # (K, K)
-    positive = functional.softplus(-match[pairs]).mean()
-    if not others.any():
-        return positive
-    return positive + functional.softplus(match[others]).mean()
+    """Binary cross-entropy of (K, K) logits; pairs and non-pairs weigh the same in all.
+
+    By masks: to pick logits, the host would have to wait for the device to say how many.
+    """
+    others = ~(torch.eye(len(match), dtype=torch.bool, device=match.device) | same)  # (K, K)
+    apart = (functional.softplus(match) * others).sum() / others.sum().clamp_min(1)
+    return functional.softplus(-match.diagonal()).mean() + apart
 
 
 def _schedule(step: int, done: float, warmup: int = 100, floor: float = 0.02) -> float:

@@ -72,6 +72,18 @@ def test_both_forms_equal_multihead_attention(
     for form in (attention, attention.projected, attention.absorbed):
         torch.testing.assert_close(form(states, context), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(attention.weights(states, context), weights, atol=1e-5, rtol=1e-5)
+    first = Context(codes[:1], context.gain[:1], place, bias=bias[:1])  # all texts share these
+    expected, _ = reference(
+        attention,
+        states,
+        Context(
+            *(each.expand(texts, *each.shape[1:]) for each in (codes[:1], context.gain[:1])),
+            place,
+            bias=bias[:1].expand(texts, -1, -1),
+        ),
+    )
+    for form in (attention.projected, attention.absorbed):
+        torch.testing.assert_close(form(states, first), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_hidden_patches_get_no_weight_and_do_not_matter():

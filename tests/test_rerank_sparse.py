@@ -64,6 +64,15 @@ def test_a_pair_is_judged_alone_and_padding_draws_nothing(rule):
     torch.testing.assert_close(alone[0, 0], together[1, 2], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rule", [Hierarchical(cells=2), Local(cells=2)])
+def test_texts_may_share_their_pictures(rule):
+    head, (tokens, mask, codes) = make_head(Grid(6, 6)), batch(Grid(6, 6))
+    head.selection = rule
+    shared = head.judge(tokens, mask, codes[:1]).rank
+    each = head.judge(tokens, mask, codes[:1].expand(2, -1, -1, -1)).rank
+    torch.testing.assert_close(shared, each, atol=1e-5, rtol=1e-5)
+
+
 def test_equal_patches_in_a_cell_lose_nothing():
     """Where a cell's patches are alike, one patch counted as many is no approximation."""
     grid = Grid(6, 6)
