@@ -5,12 +5,13 @@
     python benchmarks/rerank.py --candidates 100 --patches 49 --tokens 8   # the bundled model
     python benchmarks/rerank.py --attention        # one attention, without the rest of a head
 
-Each line judges N candidates of one text with the same two-block head: text states of width 256,
-four heads, patches of width 320 in int8. ``torch`` swaps in nn.MultiheadAttention with the same
-weights over patches widened and placed as it needs them; ``shared`` and ``co`` are the other kinds
-of head, for which nothing can be computed before the query is known. The floor counts
-multiplications at the machine's measured matrix speed and bytes at the speed it copies with,
-whichever takes longer.
+Each line judges N candidates of one text with a head of the bundled one's shape: two blocks, text
+states of width 256, four heads, patches of width 320 in int8. ``torch`` swaps in
+nn.MultiheadAttention with the same weights over patches widened and placed as it needs them;
+``chosen`` is what a query runs; ``shared`` and ``co`` are the other kinds of head, for which
+nothing can be computed before the query is known; ``as trained`` is the larger head that
+``mmsearch train`` makes. The floor counts multiplications of the cheaper exact form, over the patches read, at the
+machine's measured matrix speed and bytes at the speed it copies with, whichever takes longer.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ from mmsearch.rerank.attention import (
     absorption_is_cheaper,
     normalising_gain,
 )
+from mmsearch.rerank.checkpoint import read_card
 from mmsearch.rerank.heads import CrossBlock, CrossHead, HeadConfig, build_head
-from mmsearch.rerank.scorers import pictures_at_once
+from mmsearch.rerank.scorers import SHIPPED, pictures_at_once
 from mmsearch.rerank.sparse import Hierarchical, Local
 from torch import nn
 
-C_TEXT, C, WIDTH, HEADS = 384, 320, 256, 4
+BUNDLED, _ = read_card(SHIPPED / "cross")
+C_TEXT, C, WIDTH, HEADS = BUNDLED.text_dim, BUNDLED.patch_dim, BUNDLED.width, BUNDLED.heads
 GRIDS = {49: Grid(7, 7), 196: Grid(14, 14), 576: Grid(24, 24)}
 
 
@@ -110,15 +113,15 @@ def hold(head: CrossHead, absorb: bool) -> CrossHead:
     return other
 
 
-def operations(tokens: int, patches: int) -> float:
+def operations(tokens: int, patches: int, config: HeadConfig) -> float:
     """Multiplications for one pair, the cheaper form, feed-forward included."""
     absorb = absorption_is_cheaper(tokens, patches, C, WIDTH, HEADS)
     if absorb:
         attention = 2 * tokens * C * WIDTH + 2 * tokens * patches * (HEADS * C + WIDTH)
     else:
         attention = 2 * patches * C * WIDTH + 2 * tokens * patches * WIDTH
-    rest = tokens * WIDTH * WIDTH * (2 + 2 * 2 + 2)  # q, out; gated feed-forward of ratio 2
-    return 2.0 * (attention + rest)  # two blocks
+    rest = tokens * WIDTH * WIDTH * (2 + 3 * config.ffn_ratio)  # q, out; gated feed-forward
+    return config.depth * (attention + rest)
 
 
 class Speed(NamedTuple):
@@ -197,7 +200,8 @@ def compare_heads(
 ) -> None:
     """Print a line for each form of a whole head."""
     torch.manual_seed(0)
-    head = CrossHead(HeadConfig("cross", C_TEXT, C, GRIDS[p], WIDTH, HEADS)).eval()
+    config = replace(BUNDLED, grid=GRIDS[p])
+    head = CrossHead(config).eval()
     codes = torch.randint(-127, 128, (1, n, p, C), dtype=torch.int8, device=device)
     tokens = torch.randn(1, t, C_TEXT, device=device, dtype=dtype)
     mask = torch.ones(1, t, dtype=torch.bool, device=device)
@@ -209,27 +213,28 @@ def compare_heads(
     }
     if p > 49:
         for name, rule in (("local", Local()), ("hierarchical", Hierarchical())):
-            forms[name] = hold(head, absorb=True)
-            forms[name].selection = rule
+            part = CrossHead(config).eval()
+            part.load_state_dict(head.state_dict())
+            part.selection = rule
+            forms[name] = part
     for kind in ("shared", "co"):  # other heads of the same width and depth
-        config = HeadConfig(kind, C_TEXT, C, GRIDS[p], WIDTH, HEADS)
-        forms[kind] = build_head(config).eval()
-    meeting = replace(head.config, self_attention=True)  # what `mmsearch train` makes
-    forms["chosen, words meet"] = build_head(meeting).eval()
-    floor = max(n * operations(t, p) / speed.multiplications, n * p * C / speed.copied)
+        forms[kind] = build_head(replace(config, kind=kind)).eval()
+    trained = HeadConfig("cross", C_TEXT, C, GRIDS[p], self_attention=True)
+    forms["as trained"] = build_head(trained).eval()
     base = 0.0
     for name, module in forms.items():
         module.to(device, dtype)
-
         inner = module.head if isinstance(module, TorchHead) else module
-        values = inner.patches_read() * C
-        room = pictures_at_once(device, values)
+        read = inner.patches_read()
+        computed = n * operations(t, read, inner.config) / speed.multiplications
+        floor = max(computed, n * read * C / speed.copied)
+        room = pictures_at_once(device, read * C)
         work = functools.partial(judge_in_pieces, module, tokens, mask, codes, room)
         seconds = timed(work, device, least)
         base = base or seconds
         print(
             f"| {n} | {p} | {t} | {name} | {seconds * 1e3:.1f} | {n / seconds:.0f} | "
-            f"{base / seconds:.2f} | {n * values / 1e6:.1f} | {floor * 1e3:.1f} | "
+            f"{base / seconds:.2f} | {n * read * C / 1e6:.1f} | {floor * 1e3:.1f} | "
             f"{seconds / floor:.1f} |",
             flush=True,
         )
