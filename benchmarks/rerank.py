@@ -10,8 +10,9 @@ states of width 256, four heads, patches of width 320 in int8. ``torch`` swaps i
 nn.MultiheadAttention with the same weights over patches widened and placed as it needs them;
 ``chosen`` is what a query runs; ``shared`` and ``co`` are the other kinds of head, for which
 nothing can be computed before the query is known; ``as trained`` is the larger head that
-``mmsearch train`` makes. The floor counts multiplications of the cheaper exact form, over the patches read, at the
-machine's measured matrix speed and bytes at the speed it copies with, whichever takes longer.
+``mmsearch train`` makes. The floor counts multiplications of the cheaper exact form, over the
+patches read, at the machine's measured matrix speed and bytes at the speed it copies with,
+whichever takes longer.
 """
 
 from __future__ import annotations
