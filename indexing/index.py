@@ -31,7 +31,7 @@ from .manifest import FILE_NAME, Manifest
 from .pipeline import Events, Job, Plan, Survey, Tally, run
 from .pooling import check_pool
 from .remote_shards import RemoteStorage, is_url
-from .scan import Rules, Walk, split_path
+from .scan import Rules, Walk, is_gone, split_path
 from .shards import LocalStorage, Shards
 from .vectors import VectorStore
 
@@ -291,25 +291,29 @@ class ImageIndex:
         report = IndexReport(0, plan.unchanged, 0, 0, 0, 0.0, problems=plan.problems)
         if plan.to_do or (plan.missing and not keep_missing):
             self._catalog.set_state(_UNFINISHED, str(os.getpid()))
+            gone = plan.missing
             if plan.to_do:
                 walk = Walk(paths, Rules(include, exclude))
-                jobs = Survey(walk, self._catalog).jobs()
+                seen = Plan()
+                jobs = Survey(walk, self._catalog).jobs(seen)
                 if cluster is None:
                     tally = self._embed(jobs, encoder, batch_size, workers, stopped, events)
                 else:
                     tally = self._embed_on(cluster, jobs, batch_size, stopped, events)
                 report = replace(report, added=tally.stored, failed=tally.failed)
+                still = set(seen.missing)  # a file may have come back meanwhile
+                gone = [number for number in gone if number in still]
             else:
                 tally = Tally()
             if not stopped() and not keep_missing:
                 # A new name of a missing file's content is that file, moved.
-                moved = self._catalog.count_moved(plan.missing, tally.found_again)
-                self._forget(plan.missing)
+                moved = self._catalog.count_moved(gone, tally.found_again)
+                self._forget(gone)
                 report = replace(
                     report,
                     added=report.added - moved,
                     moved=moved,
-                    removed=len(plan.missing) - moved,
+                    removed=len(gone) - moved,
                 )
             events.stage("building the search index")
             return_freed_memory()
@@ -588,7 +592,7 @@ def survey(
         known = any(catalog.ids_under(*split_path(where))) or catalog.folders_under(
             os.path.join(where, "")
         )
-        if not (os.path.lexists(where) or known or catalog.ids_under(f"{where}!")):
+        if is_gone(where) and not (known or catalog.ids_under(f"{where}!")):
             raise InputError(f"there is no file or folder {path}", "Check the spelling.")
     return plan
 

@@ -8,7 +8,7 @@ it decodes, so threads decode in parallel and no picture is copied between proce
 """
 
 # Paths here are text: any bytes that a file system allows must come through.
-# ruff: noqa: PTH100, PTH110, PTH118, PTH122
+# ruff: noqa: PTH100, PTH118, PTH122
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ import xxhash
 
 from ..core.errors import InputError, MmsearchError
 from .catalog import Catalog, Content, Entry
-from .scan import Seen, Walk, read_picture
+from .scan import Seen, Walk, is_gone, read_picture
 from .shards import RowFormat, Shards, quantise
 from .vectors import VectorStore
 
@@ -97,6 +97,7 @@ class Survey:
         plan.problems = list(self._walk.problems)
         for root in roots:
             plan.missing += self._gone(root, visited)
+        plan.missing = list(dict.fromkeys(plan.missing))  # roots may lie in each other
 
     def _gone(self, root: str, visited: set[str]) -> Iterator[int]:
         """Yield the ids of known files in folders below a root that the walk did not find."""
@@ -104,10 +105,10 @@ class Survey:
         for folder in self._catalog.folders_under(os.path.join(root, "")):
             if folder in visited or folder.startswith(alone or ("\0",)):
                 continue
-            if folder.endswith("!") and os.path.exists(folder[:-1]):
+            if folder.endswith("!") and not is_gone(folder[:-1]):
                 continue  # an archive, indexed by its own name
             yield from (known.id for known in self._catalog.in_folder(folder).values())
-        if not os.path.lexists(root):
+        if is_gone(root):
             if root.lower().endswith(".tar"):
                 yield from self._catalog.ids_under(f"{root}!")
             folder, name = os.path.split(root)

@@ -5,11 +5,12 @@ the name by which a picture is known: ``/photos/cat.jpg``, ``/shards/00.tar!0001
 """
 
 # Paths here are text: any bytes that a file system allows must come through.
-# ruff: noqa: PTH112, PTH116, PTH118, PTH122, PTH123
+# ruff: noqa: PTH116, PTH118, PTH122, PTH123
 
 from __future__ import annotations
 
 import os
+import stat
 import tarfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,6 +39,9 @@ PICTURE_SUFFIXES = frozenset(
     ".3fr .arw .cr2 .cr3 .dng .erf .kdc .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .sr2 .srf "
     ".srw .x3f".split()
 )
+
+NO_FILE = "not a regular file"
+_GONE = FileNotFoundError, NotADirectoryError
 
 
 class Seen(NamedTuple):
@@ -93,8 +97,8 @@ class Walk:
 
     Attributes:
         problems: (path, reason) of what could not be listed.
-        left_alone: path prefixes about whose files this walk says nothing: unreadable folders
-            and those kept out by --exclude.
+        left_alone: path prefixes about whose files this walk says nothing: what cannot be looked
+            at now but may well be there, and folders kept out by --exclude.
     """
 
     roots: Sequence[Path]
@@ -108,18 +112,20 @@ class Walk:
         links: deque[_Place] = deque()
         single: dict[str, list[Seen]] = {}
         for root in map(os.path.abspath, self.roots):
-            if os.path.isdir(root):
+            try:
+                status = os.stat(root)
+            except OSError as error:
+                self._cannot_see(root, error)
+                continue
+            if stat.S_ISDIR(status.st_mode):
                 place = _Place(os.path.join(root, ""), len(os.path.join(root, "")), ())
                 yield from self._enter(place, entered, links)
+            elif not stat.S_ISREG(status.st_mode):
+                self.problems.append((root, NO_FILE))
             elif root.lower().endswith(".tar"):
                 yield from self._archive(root)
             else:
                 folder, name = os.path.split(root)
-                try:
-                    status = os.stat(root)
-                except OSError as error:
-                    self.problems.append((root, error.strerror or str(error)))
-                    continue
                 seen = Seen(name, status.st_size, status.st_mtime_ns)
                 single.setdefault(os.path.join(folder, ""), []).append(seen)
         while links:
@@ -145,7 +151,13 @@ class Walk:
                 self.problems.append((place.path, error.strerror or str(error)))
                 self.left_alone.append(place.path)
                 continue
-            place = place.with_ignore_file(entries)
+            try:
+                place = place.with_ignore_file(entries)
+            except (OSError, ValueError) as error:  # what it keeps out must not be taken
+                reason = isinstance(error, OSError) and error.strerror
+                self.problems.append((place.path + IGNORE_FILE, reason or str(error)))
+                self.left_alone.append(place.path)
+                continue
             files, passed, folders = self._sort(place, entries)
             yield Folder(place.path, files, frozenset(passed))
             for entry in reversed(folders):
@@ -182,7 +194,11 @@ class Walk:
                     continue
                 status = entry.stat()
             except OSError as error:
-                self.problems.append((entry.path, error.strerror or str(error)))
+                if self._cannot_see(entry.path, error):
+                    passed.append(entry.name)
+                continue
+            if not stat.S_ISREG(status.st_mode):  # to read from a pipe is to wait for ever
+                self.problems.append((entry.path, NO_FILE))
                 continue
             files.append(Seen(entry.name, status.st_size, status.st_mtime_ns))
         return files, passed, folders
@@ -204,6 +220,14 @@ class Walk:
             self.left_alone.append(f"{path}!")
             return
         yield Folder(f"{path}!", sorted(files), frozenset(passed))
+
+    def _cannot_see(self, path: str, error: OSError) -> bool:
+        """Name a problem; return whether the path may still be there, and leave it alone then."""
+        self.problems.append((path, error.strerror or str(error)))
+        if isinstance(error, _GONE):
+            return False
+        self.left_alone += [os.path.join(path, ""), f"{path}!"]
+        return True
 
     def _excluded(self, relative: str) -> bool:
         return self._exclude is not None and self._exclude.match_file(relative)
@@ -240,6 +264,17 @@ def _contains(link: str, folder: str) -> bool:
     return os.path.join(os.path.realpath(folder), "").startswith(target)
 
 
+def is_gone(path: str) -> bool:
+    """Say whether there is nothing at a path, which is more than that it cannot be looked at."""
+    try:
+        os.stat(path)
+    except _GONE:
+        return True
+    except OSError:  # no permission, a share that does not answer: nobody knows
+        return False
+    return False
+
+
 def is_picture_name(name: str) -> bool:
     """Say whether a file's name promises a picture."""
     return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
@@ -258,7 +293,8 @@ def read_picture(folder: str, seen: Seen) -> tuple[bytes, Seen]:
     """Read a picture file in full, with the fingerprint of exactly what was read.
 
     Raises:
-        InputError: it is too large, or changes faster than it can be read.
+        InputError: it is too large, changes faster than it can be read, or its archive is not the
+            one that was listed.
         OSError: it cannot be read.
     """
     from .images import MAX_BYTES
@@ -270,6 +306,8 @@ def read_picture(folder: str, seen: Seen) -> tuple[bytes, Seen]:
             size = seen.size if in_archive else before.st_size
             if size > MAX_BYTES:
                 raise InputError(f"the file of {size >> 20} MiB is too large for a picture")
+            if in_archive and before.st_mtime_ns != seen.mtime_ns:  # its members lie elsewhere now
+                raise InputError("the archive changed since it was listed", "Run it again.")
             if in_archive:
                 file.seek(seen.offset)
             content = file.read(size)

@@ -189,6 +189,43 @@ def test_missing_files_leave_below_the_named_paths_only(index, photos):
         index.add([photos / "nowhere"], StandIn())
 
 
+def test_files_that_cannot_be_looked_at_stay(index, photos, tmp_path, monkeypatch):
+    """Neither a share that does not answer nor lost permissions empty an index."""
+    import tarfile
+
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(photos / "0001.png", "a.png")
+    index.add([photos, tmp_path / "x.tar"], StandIn())
+    look = os.stat
+    closed = (str(photos), str(tmp_path / "x.tar"))
+
+    def refuse(path, **options):
+        if str(path).startswith(closed):
+            raise OSError(116, "Stale file handle", str(path))
+        return look(path, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    monkeypatch.setattr(os.path, "lexists", lambda path: not str(path).startswith(closed))
+    for root in (photos, photos / "trips", photos / "0001.png", tmp_path / "x.tar", tmp_path):
+        report = index.add([root], StandIn())
+        assert (report.removed, len(index)) == (0, 18), root
+        assert report.problems[0][1] == "Stale file handle"
+
+
+def test_a_file_that_comes_back_during_the_run_stays(index, photos, tmp_path):
+    index.add([photos], StandIn())
+    make_pictures(photos, 1, 500)
+    (photos / "0000.png").rename(tmp_path / "aside")
+    (photos / "0001.png").unlink()
+
+    def planned(plan) -> None:
+        (tmp_path / "aside").rename(photos / "0000.png")
+
+    report = index.add([photos], StandIn(), on_event=Events(planned=planned))
+    assert (report.added, report.removed) == (1, 1)
+    assert index.id_of(photos / "0000.png") is not None
+
+
 def test_excluded_files_stay_as_they_are(index, photos):
     index.add([photos], StandIn())
     report = index.add([photos], StandIn(), exclude=["trips/", "0001.png"])

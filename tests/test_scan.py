@@ -100,6 +100,99 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
     assert walk.left_alone == [f"{tmp_path}/closed/"]
 
 
+def test_what_cannot_be_looked_at_is_left_alone(tmp_path, monkeypatch):
+    touch(tmp_path, "stale/a.jpg", "shy/b.jpg", "link/c.jpg", "gone.jpg", "open.jpg")
+    (tmp_path / "to link").symlink_to(tmp_path / "link")
+    look, scandir = os.stat, os.scandir
+
+    class Shy:
+        """An entry of a folder that may be listed but not looked into."""
+
+        def __init__(self, entry: os.DirEntry[str]) -> None:
+            self.name, self.path, self._entry = entry.name, entry.path, entry
+
+        def is_symlink(self) -> bool:
+            return self._entry.is_symlink()
+
+        def is_dir(self) -> bool:
+            if self.name == "to link":
+                raise PermissionError(13, "Permission denied", self.path)
+            return self._entry.is_dir()
+
+        def stat(self) -> os.stat_result:
+            if self.name == "gone.jpg":
+                raise FileNotFoundError(2, "No such file or directory", self.path)
+            if self.name == "b.jpg":
+                raise PermissionError(13, "Permission denied", self.path)
+            return self._entry.stat()
+
+    class Listing:
+        def __init__(self, path: str) -> None:
+            self._entries = [Shy(entry) for entry in scandir(path)]
+
+        def __enter__(self) -> list[Shy]:
+            return self._entries
+
+        def __exit__(self, *error: object) -> None: ...
+
+    def refuse(path, **options):
+        if str(path).startswith(str(tmp_path / "stale")):
+            raise OSError(116, "Stale file handle", str(path))
+        return look(path, **options)
+
+    walk = Walk([tmp_path, tmp_path / "stale"])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", refuse)
+        patch.setattr(os, "scandir", Listing)
+        folders = {folder.path: folder for folder in walk}
+    assert [file.name for file in folders[f"{tmp_path}/"].files] == ["open.jpg"]
+    assert folders[f"{tmp_path}/"].left_alone == {"to link"}
+    assert folders[f"{tmp_path}/shy/"].left_alone == {"b.jpg"}
+    assert {f"{tmp_path}/stale/", f"{tmp_path}/to link/"} <= set(walk.left_alone)
+    assert f"{tmp_path}/gone.jpg/" not in walk.left_alone
+    assert (str(tmp_path / "stale"), "Stale file handle") in walk.problems
+
+
+def test_only_files_are_read(tmp_path):
+    touch(tmp_path, "a.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    os.mkfifo(tmp_path / "pipe.tar")
+    assert seen(tmp_path) == ["a.jpg"]
+    walk = Walk([tmp_path / "pipe.jpg", tmp_path / "pipe.tar"])
+    assert list(walk) == []
+    assert [reason for _, reason in walk.problems] == ["not a regular file"] * 2
+
+
+def test_an_ignore_file_that_cannot_be_used_is_named(tmp_path):
+    touch(tmp_path, "a.jpg", "folder/b.jpg", "folder/below/c.jpg", "pattern/d.jpg")
+    (tmp_path / "folder" / ".mmsearchignore").mkdir()
+    (tmp_path / "pattern" / ".mmsearchignore").write_text("!\n")
+    walk = Walk([tmp_path])
+    assert [file.name for folder in walk for file in folder.files] == ["a.jpg"]
+    assert [path for path, _ in walk.problems] == [
+        f"{tmp_path}/folder/.mmsearchignore",
+        f"{tmp_path}/pattern/.mmsearchignore",
+    ]
+    assert walk.left_alone == [f"{tmp_path}/folder/", f"{tmp_path}/pattern/"]
+
+
+def test_an_archive_rewritten_since_it_was_listed(tmp_path):
+    """Where a member lay, another lies now."""
+    touch(tmp_path, "a.jpg", "b.jpg")
+
+    def pack(*names: str) -> None:
+        with tarfile.open(tmp_path / "x.tar", "w") as tar:
+            for name in names:
+                tar.add(tmp_path / name, name)
+
+    pack("a.jpg", "b.jpg")
+    (folder,) = Walk([tmp_path / "x.tar"])
+    pack("b.jpg", "a.jpg")
+    os.utime(tmp_path / "x.tar", ns=(0, folder.files[0].mtime_ns + 1_000_000))
+    with pytest.raises(InputError, match="archive changed"):
+        read_picture(folder.path, folder.files[0])
+
+
 def test_archives(tmp_path):
     touch(tmp_path, "a.jpg", "b.txt", "c.png")
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
