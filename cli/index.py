@@ -214,11 +214,11 @@ def index(
     rules = {"include": include or (), "exclude": exclude or ()}
     exists = (folder / "manifest.json").exists()
     if dry_run:
-        plan = read_plan(folder, paths, **rules)
+        plan = read_plan(folder, paths, **rules, rebuild=rebuild)
         print_line(_describe_plan(plan, exists and not rebuild, keep_missing))
         return
     if not exists or rebuild:
-        _refuse_nothing(read_plan(folder, paths, **rules), paths, rebuild)
+        _refuse_nothing(read_plan(folder, paths, **rules, rebuild=rebuild), paths)
         encoder, why = _new_encoder(
             folder if rebuild and exists else None,
             model,
@@ -334,18 +334,17 @@ def _duration(seconds: float) -> str:
 
 
 def _describe_plan(plan: Plan, exists: bool, keep_missing: bool) -> str:
-    new = plan.added if exists else plan.to_do + plan.unchanged
     if not exists:
-        return f"would add {new:,} pictures to a new index"
+        return f"would add {plan.added:,} pictures to a new index"
     gone = 0 if keep_missing else len(plan.missing)
     return (
-        f"would read {new:,} new, {plan.changed:,} changed and {plan.retried:,} failed files, "
-        f"leave {plan.unchanged:,} as they are and remove {gone:,}"
+        f"would read {plan.added:,} new, {plan.changed:,} changed and {plan.retried:,} failed "
+        f"files, leave {plan.unchanged:,} as they are and remove {gone:,}"
     )
 
 
-def _refuse_nothing(plan: Plan, paths: list[Path], rebuild: bool) -> None:
-    if not plan.to_do and not (rebuild and plan.unchanged):
+def _refuse_nothing(plan: Plan, paths: list[Path]) -> None:
+    if not plan.to_do:
         for path, reason in plan.problems:
             warn(f"{path}: {reason}")
         raise InputError(

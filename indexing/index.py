@@ -83,11 +83,17 @@ class ImageIndex:
     """
 
     def __init__(
-        self, path: Path, manifest: Manifest, *, milvus_token: str | None, wait: float
+        self,
+        path: Path,
+        manifest: Manifest,
+        *,
+        milvus_token: str | None,
+        wait: float,
+        lock: IndexLock | None = None,
     ) -> None:
         self.path = path
         self.manifest = manifest
-        self._lock = IndexLock(path)
+        self._lock = lock or IndexLock(path)
         self._wait = wait
         if manifest.milvus_uri is None:  # Milvus Lite serves one process at a time
             self._lock.acquire(wait)
@@ -147,10 +153,7 @@ class ImageIndex:
             IndexBusy: another process holds it.
         """
         path = Path(os.path.abspath(path))
-        if (path / FILE_NAME).exists() and not rebuild:
-            raise BadIndex(f"there is an index in {path} already", "Open it, or use --rebuild.")
         check_pool(patch_pool, encoder.grid)
-        _make_room(path, wait)
         collection = "images" if milvus_uri is None else collection_name(path)
         manifest = Manifest(
             encoder,
@@ -163,9 +166,14 @@ class ImageIndex:
             partition_by=partition_by,
             shards=shards if shards is None or is_url(shards) else os.path.abspath(shards),
         )
-        index = cls(path, manifest, milvus_token=milvus_token, wait=wait)
+        lock = IndexLock(path)
         try:
-            index._lock.acquire(wait)
+            _make_room(path, lock, rebuild, wait)
+            index = cls(path, manifest, milvus_token=milvus_token, wait=wait, lock=lock)
+        except BaseException:
+            lock.release()
+            raise
+        try:
             if shards is not None:
                 _claim(_storage(path, manifest), shards, rebuild)
             index._vectors.create()
@@ -198,11 +206,7 @@ class ImageIndex:
         """
         path = Path(os.path.abspath(path))
         manifest = Manifest.read(path)
-        if not (path / CATALOG).is_file():
-            raise BadIndex(
-                f"the index in {path} has lost its {CATALOG}",
-                "Restore it from a backup, or rebuild: mmsearch index --rebuild PATH...",
-            )
+        _catalog_of(path)
         if milvus_uri is not None and milvus_uri != manifest.milvus_uri:
             if manifest.milvus_uri is None:
                 raise BadIndex(
@@ -561,17 +565,25 @@ def read_plan(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    rebuild: bool = False,
 ) -> Plan:
     """Say what adding files to an index would do, even if it is yet to be made.
+
+    Args:
+        path: the index's folder.
+        paths: files, folders and tar archives.
+        include: gitignore patterns of what to take.
+        exclude: gitignore patterns of what to leave.
+        rebuild: as if the index were empty; it may be damaged then.
 
     Raises:
         BadIndex: the index is damaged.
         InputError, UsageError: as ImageIndex.plan.
     """
     path = Path(os.path.abspath(path))
-    if (path / FILE_NAME).exists():
+    if (path / FILE_NAME).exists() and not rebuild:
         Manifest.read(path)
-        catalog = Catalog(path / CATALOG, read_only=True)
+        catalog = Catalog(_catalog_of(path), read_only=True)
     else:
         catalog = Catalog(":memory:")
     try:
@@ -605,7 +617,7 @@ def read_stats(path: Path) -> tuple[IndexStats, list[Failure]]:
     """
     path = Path(os.path.abspath(path))
     manifest = Manifest.read(path)
-    catalog = Catalog(path / CATALOG, read_only=True)
+    catalog = Catalog(_catalog_of(path), read_only=True)
     try:
         return _stats(path, manifest, catalog), catalog.failures()
     finally:
@@ -633,8 +645,8 @@ def _stats(path: Path, manifest: Manifest, catalog: Catalog) -> IndexStats:
     )
 
 
-def _make_room(path: Path, wait: float) -> None:
-    """Make the folder, and clear it of an earlier index but of nothing else."""
+def _make_room(path: Path, lock: IndexLock, rebuild: bool, wait: float) -> None:
+    """Make the folder, lock it, and clear it of an earlier index but of nothing else."""
     ours = {FILE_NAME, CATALOG, f"{CATALOG}-wal", f"{CATALOG}-shm", SHARDS, VECTORS, "lock"}
     ours |= {"manifest.part", "heads"}
     try:
@@ -645,16 +657,14 @@ def _make_room(path: Path, wait: float) -> None:
                 f"{path} holds other things ({sorted(others)[0]!r})",
                 "Give the index a folder of its own with --index DIR.",
             )
-        lock = IndexLock(path)
+        _refuse_finished(path, rebuild)  # at once, where there is no need to wait
         lock.acquire(wait)
-        try:
-            for name in (FILE_NAME, f"{CATALOG}-wal", f"{CATALOG}-shm", CATALOG):
-                (path / name).unlink(missing_ok=True)
-            for name in (SHARDS, VECTORS):
-                _clear(path / name)
-            (path / SHARDS).mkdir()
-        finally:
-            lock.release()
+        _refuse_finished(path, rebuild)  # another process may have made it meanwhile
+        for name in (FILE_NAME, f"{CATALOG}-wal", f"{CATALOG}-shm", CATALOG):
+            (path / name).unlink(missing_ok=True)
+        for name in (SHARDS, VECTORS):
+            _clear(path / name)
+        (path / SHARDS).mkdir()
     except OSError as error:
         raise StorageError(
             f"cannot write to the index folder {path}: {error.strerror}",
@@ -662,11 +672,26 @@ def _make_room(path: Path, wait: float) -> None:
         ) from error
 
 
+def _refuse_finished(path: Path, rebuild: bool) -> None:
+    if (path / FILE_NAME).exists() and not rebuild:
+        raise BadIndex(f"there is an index in {path} already", "Open it, or use --rebuild.")
+
+
 def _clear(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _catalog_of(path: Path) -> Path:
+    """Return where the catalog of an index with a manifest lies."""
+    if not (path / CATALOG).is_file():
+        raise BadIndex(
+            f"the index in {path} has lost its {CATALOG}",
+            "Restore it from a backup, or rebuild: mmsearch index --rebuild PATH...",
+        )
+    return path / CATALOG
 
 
 def _storage(path: Path, manifest: Manifest) -> LocalStorage | RemoteStorage:

@@ -148,6 +148,25 @@ def test_damage_is_found_and_mended(shell, photos):
     assert shell("check", "--repair")[:2] == (0, "put 2 pictures into Milvus\n")
 
 
+@pytest.mark.parametrize("damage", ["garbage", "no catalog", "manifest"])
+def test_the_printed_way_out_of_damage_works(shell, photos, damage):
+    assert shell("index", photos, "--model", shell.model, "-q")[0] == 0
+    if damage == "garbage":
+        (shell.index / "catalog.sqlite").write_bytes(b"SQLite format 3\0" + b"garbage" * 600)
+    elif damage == "no catalog":
+        (shell.index / "catalog.sqlite").unlink()
+    else:
+        (shell.index / "manifest.json").write_text("{")
+    for command in (("index", photos), ("index", photos, "-n"), ("check",), ("status",)):
+        code, _, error = shell(*command)
+        assert (code, "mmsearch index --rebuild" in error) == (5, True), (command, error)
+    words = ("index", photos, "--rebuild", "--model", shell.model)
+    assert shell(*words, "-n")[:2] == (0, "would add 10 pictures to a new index\n")
+    code, out, error = shell(*words)
+    assert (code, out.startswith("9 added, 0 unchanged")) == (0, True), error
+    assert shell("check")[:2] == (0, "")
+
+
 def test_busy_and_waiting(shell, photos):
     assert shell("index", photos, "--model", shell.model, "-q")[0] == 0
     with ImageIndex.open(shell.index):

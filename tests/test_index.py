@@ -336,6 +336,36 @@ def test_one_process_at_a_time(index, tmp_path):
     ImageIndex.open(index.path).close()
 
 
+def test_of_two_that_make_an_index_the_second_clears_nothing_away(tmp_path, photos, monkeypatch):
+    """It looked before the first was done, and waited for the lock."""
+    from mmsearch.indexing.vectors import VectorStore
+
+    make, begun, refused = VectorStore.create, threading.Event(), []
+
+    def second() -> None:
+        begun.wait(10)
+        try:
+            ImageIndex.create(tmp_path / "index", SPEC, wait=30).close()
+        except BadIndex as error:
+            refused.append(error.message)
+
+    def slowly(self) -> None:
+        begun.set()
+        other.join(0.5)  # time enough to look and to begin to wait
+        make(self)
+
+    monkeypatch.setattr(VectorStore, "create", slowly)
+    other = threading.Thread(target=second)
+    other.start()
+    with ImageIndex.create(tmp_path / "index", SPEC) as first:
+        first.add([photos], StandIn())
+    other.join(60)
+    assert len(refused) == 1
+    assert "already" in refused[0]
+    with ImageIndex.open(tmp_path / "index") as index:
+        assert len(index) == 17
+
+
 def test_refusals(tmp_path, photos):
     with pytest.raises(BadIndex, match="no index"):
         ImageIndex.open(tmp_path / "nothing")
