@@ -6,8 +6,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -17,7 +20,7 @@ import typer
 from rich.progress import Progress, TaskID
 from typer.core import TyperGroup
 
-from ..core.errors import GateFailed, UsageError
+from ..core.errors import GateFailed, StorageError, UsageError
 from .eval_tables import accuracy_table, comparison_table, direction_table, latency_line
 from .opening import index_dir, milvus_token
 from .options import DeviceOption, IndexOption, MilvusOption, QuietOption, WaitOption
@@ -193,6 +196,10 @@ def run(
 
     `mmsearch eval compare A.json B.json` sets runs side by side.
     """
+    if pretrained is not None and model == "auto":
+        raise UsageError(
+            "--pretrained without --model", "Name the model too: --model NAME --pretrained TAG."
+        )
     named = index if ctx.get_parameter_source("index").name == "COMMANDLINE" else None  # type: ignore[union-attr]
     if task is not None:
         if data is None:
@@ -220,7 +227,7 @@ def run(
         seed=seed,
     )
     old = read_json(baseline) if baseline else None
-    _ensure_parents(json_file, report)
+    _check_outputs(json_file, report, folder=trec)
     read = read_captions(captions, images, split, strict, qrels)
     opened = _open_index(
         read, named, index, milvus, model, pretrained, precision, wait, device, quiet
@@ -239,14 +246,15 @@ def run(
         document = to_document(
             read, results, plan, _describe(opened), split, latency, ["mmsearch", *sys.argv[1:]]
         )
-        if json_file:
-            write_json(json_file, document)
-        if trec:
-            write_trec(trec, results)
-        if report:
-            from ..evaluation.report import write_report
+        with _writing():
+            if json_file:
+                write_json(json_file, document)
+            if trec:
+                write_trec(trec, results)
+            if report:
+                from ..evaluation.report import write_report
 
-            write_report(report, document, read, pictures, results)
+                write_report(report, document, read, pictures, results)
     for each in results:
         stdout.print(direction_table(each))
     stdout.print(latency_line(latency, results), soft_wrap=True)
@@ -278,10 +286,33 @@ def _cutoffs(text: str) -> tuple[int, ...]:
     return ks
 
 
-def _ensure_parents(*files: Path | None) -> None:
-    """Make the folders of what will be written now, not after an hour of work."""
-    for file in filter(None, files):
-        file.parent.mkdir(parents=True, exist_ok=True)
+def _check_outputs(*files: Path | None, folder: Path | None = None) -> None:
+    """Make the folders of what will be written now, and see that it can be, not in an hour.
+
+    Raises:
+        UsageError: a folder is named where a file should be.
+        StorageError: something cannot be written.
+    """
+    with _writing():
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        for file in filter(None, files):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.is_dir():
+                raise UsageError(f"{file} is a folder", "Name a file, perhaps one in it.")
+            if not os.access(file if file.exists() else file.parent, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {error.filename or 'the results'}: {error.strerror or error}",
+            "Name a place that can be written to, or make room.",
+        ) from error
 
 
 def _open_index(
@@ -300,10 +331,14 @@ def _open_index(
 
     An index named with --index is used and added to. Without one, the user's own index serves if
     it has all the images already; else they go into the cache, never into the user's own.
+
+    Raises:
+        BadIndex: the index named was made with another model than --model.
     """
     from ..evaluation.gallery import cache_index_dir, missing_images
-    from ..indexing.encoder import encoder_for, load_encoder
+    from ..indexing.encoder import encoder_for, load_encoder, refuse_other_model
     from ..indexing.index import Events, ImageIndex
+    from ..indexing.manifest import Manifest
 
     def open_at(folder: Path) -> ImageIndex:
         return ImageIndex.open(folder, milvus_uri=milvus, milvus_token=milvus_token(), wait=wait)
@@ -324,6 +359,8 @@ def _open_index(
     )
     loaded = []
     if (folder / "manifest.json").exists():
+        if named and model != "auto":
+            refuse_other_model(Manifest.read(folder).encoder, model, pretrained)
         opened = open_at(folder)
     else:
         loaded.append(load_encoder(model, pretrained, device=device, precision=precision))
@@ -444,18 +481,25 @@ def _run_task(
     device: str,
     quiet: bool,
 ) -> None:
-    """Evaluate a compositional set with a model, or with that of the index named."""
+    """Evaluate a compositional set with a model, or with that of the index named.
+
+    Raises:
+        BadIndex: the index named was made with another model than --model.
+    """
     from ..evaluation.compositional import read_task, run_task
     from ..evaluation.results import task_document, write_json
-    from ..indexing.encoder import encoder_for, load_encoder
+    from ..indexing.encoder import encoder_for, load_encoder, refuse_other_model
     from ..indexing.manifest import Manifest
 
+    _check_outputs(json_file)
     task = read_task(name, data, images, limit, seed)
     if task.missing:
         warn(f"{len(task.missing):,} images are not there; the first, {task.missing[0]}")
-    _ensure_parents(json_file)
     if index:
-        encoder = encoder_for(Manifest.read(index).encoder, device, precision)
+        spec = Manifest.read(index).encoder
+        if model != "auto":
+            refuse_other_model(spec, model, pretrained)
+        encoder = encoder_for(spec, device, precision)
     else:
         encoder = load_encoder(model, pretrained, device=device, precision=precision)
     loaded = _load_scorers(scorers, encoder.spec, device, index / "heads" if index else None)
@@ -463,11 +507,10 @@ def _run_task(
         rows = run_task(task, encoder, loaded, seed, _tracker(display))
     stdout.print(accuracy_table(name, rows))
     if json_file:
-        write_json(
-            json_file,
-            task_document(
-                task, [asdict(row) for row in rows], encoder.spec.to_dict(), seed,
-                ["mmsearch", *sys.argv[1:]],
-            ),
+        document = task_document(
+            task, [asdict(row) for row in rows], encoder.spec.to_dict(), seed,
+            ["mmsearch", *sys.argv[1:]],
         )  # fmt: skip
+        with _writing():
+            write_json(json_file, document)
         say(f"wrote {json_file}", quiet=quiet)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.device import choose_device, choose_dtype
-from ..core.errors import ModelError
+from ..core.errors import BadIndex, ModelError
 from ..core.types import Grid, ImageFeatures, TextFeatures
 from . import models
 
@@ -280,6 +280,22 @@ def load_text_encoder(spec: EncoderSpec, device: str | None = None) -> TextEncod
     return encoder.text
 
 
+def refuse_other_model(spec: EncoderSpec, model: str, pretrained: str | None) -> None:
+    """See that a model asked for by name is the one an index was made with, without loading it.
+
+    Raises:
+        BadIndex: it is another.
+        ModelError: there is no such model, or its weights cannot be had.
+    """
+    name, pretrained, weights = _locate(model, pretrained)
+    if models.hash_weights(weights) != spec.weights_hash:
+        asked = f"{name} ({pretrained})" if pretrained else name
+        raise BadIndex(
+            f"the index was made with {spec.display_name}, not {asked}",
+            "Leave --model out, or use another --index.",
+        )
+
+
 def _refuse_other_weights(spec: EncoderSpec, found: str) -> None:
     if found != spec.weights_hash:
         raise ModelError(
@@ -495,7 +511,8 @@ class _OpenClipTokenizer:
         self, texts: list[str]
     ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[str, ...]]]:
         ids = self._tokenizer(texts)  # (Q, L)
-        mask = ids != self._pad  # (Q, L)
+        # Up to the last token that is no padding: CLIP's padding has the number of its token "!".
+        mask = (ids != self._pad).flip(1).cumsum(1).flip(1) > 0  # (Q, L)
         mask[:, 0] = True  # an empty text still has its first position
         words = [
             tuple(self._word(row[: int(kept.sum())].tolist()))

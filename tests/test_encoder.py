@@ -90,6 +90,14 @@ def test_text_padding_is_trimmed_and_masked(tiny_model_dir):
     assert text.words[0][1].startswith("car")
 
 
+def test_an_exclamation_mark_is_no_padding(tiny_model_dir):
+    encoder = load_encoder(f"local-dir:{tiny_model_dir}", device="cpu")
+    text = encoder.encode_texts(["wow !( a red car )", "red car"])
+    assert "!" in "".join(text.words[0]) and "car" in "".join(text.words[0])
+    assert text.words[0][-1] == text.words[1][-1] == "<end_of_text>"
+    assert text.mask.sum(1).tolist() == [len(words) for words in text.words]
+
+
 def test_without_its_text_half_an_encoder_still_encodes_pictures(tiny_model_dir):
     encoder = load_encoder(f"local-dir:{tiny_model_dir}", device="cpu")
     pixels = random_pixels(encoder.spec.input_size)

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 from mmsearch.cli.eval import eval_app
-from mmsearch.core.errors import GateFailed, InputError, ModelError, UsageError
+from mmsearch.core.errors import (
+    BadIndex,
+    GateFailed,
+    InputError,
+    ModelError,
+    StorageError,
+    UsageError,
+)
 from typer.testing import CliRunner, Result
 
 from tests.photos import PHOTOGRAPHS, copy_photographs
@@ -156,6 +163,32 @@ def test_wrong_command_lines(photos: Path, index: Path) -> None:
     mmsearch_eval(captions, "--baseline", "absent.json", error=InputError)
     unknown = [captions, "--index", index, "--scorer", "no-such-scorer"]
     assert isinstance(mmsearch_eval(*unknown, error=Exception).exception, (UsageError, ModelError))
+
+
+def test_another_model_than_the_indexs_is_refused(
+    photos: Path, index: Path, tiny_model_dir: Path, tiny_model, tmp_path: Path
+) -> None:
+    rows = {"0": {"filename": NAMES[0], "caption": "a", "negative_caption": "b"}}
+    (tmp_path / "swap_obj.json").write_text(json.dumps(rows))
+    task = ["--task", "sugarcrepe", "--data", tmp_path, "--images", photos / "images"]
+    retrieval = [photos / "captions.csv", "--candidates", 0]
+    for asked in (task, retrieval):
+        arguments = [*asked, "--index", index, "--scorer", "late"]
+        other = f"local-dir:{tiny_model('siglip')}"
+        result = mmsearch_eval(*arguments, "--model", other, error=BadIndex)
+        assert other in str(result.exception)
+        mmsearch_eval(*arguments, "--model", f"local-dir:{tiny_model_dir}")
+        mmsearch_eval(*arguments, "--pretrained", "openai", error=UsageError)
+
+
+@pytest.mark.parametrize("option", ["--json", "--report", "--trec"])
+def test_what_cannot_be_written_is_told_first(option: str, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    arguments = [photos / "captions.csv", "--model", "no-such-model", option]
+    mmsearch_eval(*arguments, tmp_path / "file" / "below", error=StorageError)
+    if option != "--trec":
+        result = mmsearch_eval(*arguments, tmp_path, error=UsageError)
+        assert "is a folder" in str(result.exception)
 
 
 def test_help_of_the_group_is_that_of_evaluating() -> None:
