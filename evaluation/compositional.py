@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..rerank.scorers import Scorer
 
 TRIALS_AT_ONCE = 32
+FULL_SIZE = 1 << 30  # no picture has a longer side
 LEAST_OF_A_KIND = {"attribution": 25}  # ARO leaves pairs of attributes with fewer trials out
 
 
@@ -95,11 +96,11 @@ def read_task(name: str, data: Path, images: Path | None, limit: int | None, see
     root = images or found[0].parent / "images"
     try:
         trials = [trial for file in found for trial in read(file, root)]
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{found[0]} is not in the format of {name}: {error!r}", "give the file as published"
         ) from error
-    there = {view.path: view.path.exists() for trial in trials for view in trial.views}
+    there = {view.path: view.path.is_file() for trial in trials for view in trial.views}
     usable = [trial for trial in trials if all(there[view.path] for view in trial.views)]
     missing = tuple(str(path) for path, exists in there.items() if not exists)
     if not usable:
@@ -155,7 +156,6 @@ _READERS: dict[str, tuple[list[str], Reader]] = {
     "winoground": (["examples.jsonl"], _winoground),
     "aro": (["visual_genome_relation.json", "visual_genome_attribution.json"], _aro),
 }  # fmt: skip
-TASKS = tuple(_READERS)
 
 
 def run_task(
@@ -171,6 +171,9 @@ def run_task(
 
     Returns:
         Each measure of each scorer, for each subset, for ARO's kinds in it, then for all trials.
+
+    Raises:
+        InputError: an image cannot be read.
     """
     names = ["coarse", *(scorer.name for scorer in scorers)]
     right: dict[str, list[dict[str, bool]]] = {name: [] for name in names}
@@ -219,17 +222,23 @@ def _score(
 
 
 def _pixels(view: View, encoder: Encoder) -> np.ndarray:
-    """Decode an image, or the box of it, for the model, (H, W, 3) uint8."""
-    from ..indexing.images import decode
+    """Decode an image, or the box of it, for the model, (H, W, 3) uint8.
 
-    if view.box is None:
-        return decode(view.path, encoder.spec.input_spec).pixels
-    from PIL import Image
+    Raises:
+        InputError: it cannot be read: figures would count that against the model.
+    """
+    from ..indexing.images import UndecodableImage, decode, open_thumbnail
 
-    with Image.open(view.path) as image:
+    try:
+        if view.box is None:
+            return decode(view.path, encoder.spec.input_spec).pixels
         box = BytesIO()
-        image.convert("RGB").crop(view.box).save(box, "BMP")
-    return decode(box.getvalue(), encoder.spec.input_spec).pixels
+        open_thumbnail(view.path, FULL_SIZE).crop(view.box).save(box, "BMP")
+        return decode(box.getvalue(), encoder.spec.input_spec).pixels
+    except (UndecodableImage, OSError) as error:
+        raise InputError(
+            f"cannot read {view.path}: {error}", "Mend the picture, or leave its trials out."
+        ) from error
 
 
 def _judge(scores: np.ndarray) -> dict[str, bool]:
@@ -279,8 +288,11 @@ def _summarise(
             continue
         # The mean over kinds is that over trials with each weighing 1 / (trials of its kind).
         enough = counts >= LEAST_OF_A_KIND.get(subset, 1)
-        share = np.where(enough, len(rows) / (max(enough.sum(), 1) * counts), 0.0)
-        yield from summarise(subset, "", rows, {"macro": share[kind_of]})
+        weights: Columns = {}
+        if enough.any():  # else there is no mean over kinds, as with few trials drawn
+            share = np.where(enough, len(rows) / (enough.sum() * counts), 0.0)
+            weights["macro"] = share[kind_of]
+        yield from summarise(subset, "", rows, weights)
         for at in np.flatnonzero(enough):
             yield from summarise(subset, str(names[at]), rows[kind_of == at], {})
     yield from summarise("all", "", np.arange(len(subsets)), {})

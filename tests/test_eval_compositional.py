@@ -163,12 +163,53 @@ def test_aro_crops_and_averages_over_relations(tmp_path: Path, pictures: Path) -
     assert kinds == pytest.approx({"on": 2 / 3, "under": 1, "black_crouched": 1})
 
 
+def attribution(image: str, attributes: str = "red") -> dict:
+    return {
+        "image_path": image, "true_caption": "red", "false_caption": "blue", "bbox_x": 0,
+        "bbox_y": 0, "bbox_w": 20, "bbox_h": 20, "attributes": [attributes],
+    }  # fmt: skip
+
+
+def test_no_mean_over_kinds_where_each_has_too_few_trials(tmp_path: Path, pictures: Path) -> None:
+    rows = [attribution("halves.png", f"kind {at % 10}") for at in range(50)]
+    file = tmp_path / "visual_genome_attribution.json"
+    file.write_text(json.dumps(rows))
+    found = run_task(read_task("aro", file, None, None, 0), ByColour(), [], 0)  # type: ignore[arg-type]
+    assert [(row.subset, row.measure) for row in found] == [
+        ("attribution", "accuracy"),
+        ("all", "accuracy"),
+    ]
+
+
+def test_a_box_lies_in_the_upright_picture(tmp_path: Path, pictures: Path) -> None:
+    with Image.open(pictures / "halves.png") as image:
+        turn = Image.Exif()
+        turn[0x0112] = 3  # upside down: blue comes to the left
+        image.save(pictures / "turned.png", exif=turn)
+    file = tmp_path / "visual_genome_attribution.json"
+    file.write_text(json.dumps([attribution("turned.png")]))
+    rows = run_task(read_task("aro", file, None, None, 0), ByColour(), [], 0)  # type: ignore[arg-type]
+    assert accuracy(rows, "all", "accuracy") == 0
+
+
+def test_a_box_of_a_broken_picture_is_the_inputs_fault(tmp_path: Path, pictures: Path) -> None:
+    (pictures / "broken.png").write_bytes(b"no picture")
+    file = tmp_path / "visual_genome_attribution.json"
+    file.write_text(json.dumps([attribution("broken.png")]))
+    with pytest.raises(InputError, match=r"broken\.png: not a picture"):
+        run_task(read_task("aro", file, None, None, 0), ByColour(), [], 0)  # type: ignore[arg-type]
+
+
 def test_what_cannot_be_read(tmp_path: Path, pictures: Path) -> None:
     with pytest.raises(InputError, match="holds none of"):
         read_task("winoground", tmp_path, None, None, 0)
     (tmp_path / "examples.jsonl").write_text('{"image": 1}')
     with pytest.raises(InputError, match="not in the format of winoground"):
         read_task("winoground", tmp_path, None, None, 0)
+    (tmp_path / "swap_att.json").write_text("[1]")
+    with pytest.raises(InputError, match="not in the format of sugarcrepe"):
+        read_task("sugarcrepe", tmp_path, None, None, 0)
+    (tmp_path / "swap_att.json").unlink()
     sugarcrepe(tmp_path)
     with pytest.raises(InputError, match="no image of sugarcrepe"):
         read_task("sugarcrepe", tmp_path, tmp_path / "nowhere", None, 0)
