@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ class _Builder:
             if not grades:
                 self._leave_out(entry, "unjudged", f"no relevant image is known for {key}")
             return grades
-        if entry.image is None:
+        if not (entry.image and entry.image.strip()):
             self._leave_out(entry, "malformed", "names no image")
             return ()
         row = self._row(entry.image)
@@ -188,4 +189,5 @@ class _Builder:
 def _there(path: Path) -> bool:
     """Whether a file exists, or the tar it is a member of."""
     archive, bang, _ = str(path).rpartition(".tar!")
-    return Path(f"{archive}.tar").exists() if bang else path.exists()
+    # Path.is_file would raise at a caption that stands where a name should: it is too long.
+    return os.path.isfile(f"{archive}.tar" if bang else path)  # noqa: PTH113

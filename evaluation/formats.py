@@ -140,11 +140,19 @@ def _recognise_json(path: Path, lines: list[str]) -> tuple[str, Rows]:
 
 
 def _decode(path: Path) -> list[str]:
-    """Split into lines; a byte that is not UTF-8 becomes a lone surrogate (see `is_text`)."""
+    """Split into lines; a byte that is not UTF-8 becomes a lone surrogate (see `is_text`).
+
+    Raises:
+        InputError: it begins as UTF-16 does and is none.
+    """
     data = path.read_bytes()
     encoding = "utf-16" if data[:2] in {b"\xff\xfe", b"\xfe\xff"} else "utf-8-sig"
     # str.splitlines would also split at U+2028 and form feeds, which captions do contain.
-    return data.decode(encoding, errors="surrogateescape").replace("\r\n", "\n").split("\n")
+    try:
+        text = data.decode(encoding, errors="surrogateescape")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text: {error}", "give a caption file") from None
+    return text.replace("\r\n", "\n").split("\n")
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -152,7 +160,11 @@ def _decode(path: Path) -> list[str]:
 
 def _table(path: Path, lines: list[str]) -> Rows:
     delimiter = max("\t,;|", key=lines[0].count)
-    header = [name.strip().lower() for name in next(csv.reader([lines[0]], delimiter=delimiter))]
+    try:
+        names = next(csv.reader([lines[0]], delimiter=delimiter))
+    except csv.Error:  # no text at all
+        names = []
+    header = [name.strip().lower() for name in names]
     if not set(TEXT_COLUMNS) & set(header):
         raise InputError(
             f"{path}: no format is known whose first line is {lines[0][:80]!r}",
@@ -258,40 +270,45 @@ def _flickr_token(lines: list[str]) -> Rows:
 
 
 def _karpathy(document: dict[str, Any]) -> Rows:
-    for at, image in enumerate(document["images"]):
+    for place, image in _listed(document, "images"):
         name = image.get("filename") or image.get("file_name")
         if not name or "sentences" not in image:
-            yield Problem(f"images[{at}]", "malformed", "no 'filename' or no 'sentences'")
+            yield Problem(place, "malformed", "no 'filename' or no 'sentences'")
             continue
-        folder = image.get("filepath")
-        path = f"{folder}/{name}" if folder else name
-        for turn, sentence in enumerate(image["sentences"]):
-            place = f"images[{at}].sentences[{turn}]"
-            if "raw" in sentence:
-                key = sentence.get("sentid")
+        folder, split = image.get("filepath"), image.get("split")
+        path = f"{folder}/{name}" if folder else str(name)
+        for turn, sentence in _listed(image, "sentences"):
+            caption, key = sentence.get("raw"), sentence.get("sentid")
+            if isinstance(caption, str):
                 yield Entry(
                     path,
-                    sentence["raw"],
-                    place,
-                    image.get("split"),
+                    caption,
+                    f"{place}.{turn}",
+                    None if split is None else str(split),
                     None if key is None else str(key),
                 )
             else:
-                yield Problem(place, "malformed", "no 'raw'")
+                yield Problem(f"{place}.{turn}", "malformed", "no 'raw'")
+
+
+def _listed(owner: dict[str, Any], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a list, each with its place; what is no object comes as an empty one."""
+    listed = owner[name]
+    for at, each in enumerate(listed if isinstance(listed, list) else []):
+        yield f"{name}[{at}]", each if isinstance(each, dict) else {}
 
 
 def _coco(document: dict[str, Any]) -> Rows:
-    names = {image.get("id"): image.get("file_name") for image in document["images"]}
-    for at, annotation in enumerate(document["annotations"]):
-        place = f"annotations[{at}]"
-        name, caption = names.get(annotation.get("image_id")), annotation.get("caption")
-        if caption is None:
+    names = {str(image.get("id")): image.get("file_name") for _, image in _listed(document, "images")}
+    for place, annotation in _listed(document, "annotations"):
+        name, caption = names.get(str(annotation.get("image_id"))), annotation.get("caption")
+        if not isinstance(caption, str):
             yield Problem(place, "malformed", "no 'caption'")
         elif not name:
             yield Problem(place, "missing image", f"no image has id {annotation.get('image_id')}")
         else:
             key = annotation.get("id")
-            yield Entry(name, caption, place, id=None if key is None else str(key))
+            yield Entry(str(name), caption, place, id=None if key is None else str(key))
 
 
 def _webdataset(tars: list[Path]) -> Rows:

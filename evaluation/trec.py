@@ -31,22 +31,26 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """Read relevance judgements: query -> document -> grade.
 
     Raises:
-        InputError: a line has not four columns, or its grade is not an integer.
+        InputError: it cannot be read, a line has not four columns, or its grade is not an integer.
     """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(f"cannot read {path}: {reason}", "give --qrels a TREC file") from error
     judgements: dict[str, dict[str, int]] = {}
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            columns = line.split()
-            if not columns:
-                continue
-            try:
-                query, _, document, grade = columns
-                judgements.setdefault(unquote(query), {})[unquote(document)] = int(grade)
-            except ValueError:
-                raise InputError(
-                    f"{path}, line {number}: not a qrels line: {line.strip()[:80]!r}",
-                    "a line reads: query 0 document grade",
-                ) from None
+    for number, line in enumerate(text.split("\n"), start=1):
+        columns = line.split()
+        if not columns:
+            continue
+        try:
+            query, _, document, grade = columns
+            judgements.setdefault(unquote(query), {})[unquote(document)] = int(grade)
+        except ValueError:
+            raise InputError(
+                f"{path}, line {number}: not a qrels line: {line.strip()[:80]!r}",
+                "a line reads: query 0 document grade",
+            ) from None
     if not judgements:
         raise InputError(f"{path} holds no judgements", "a line reads: query 0 document grade")
     return judgements

@@ -262,6 +262,43 @@ def test_bad_rows_of_other_formats(folder: Path) -> None:
     ]
 
 
+def test_names_of_no_file(folder: Path) -> None:
+    rows = f",No name .\n .,The folder .\n  ,Blanks .\n{'A long caption ' * 30},x.jpg\n"
+    path = write(folder, "c.csv", f"image,caption\n{DOG},A dog .\n{rows}")
+    captions = read_captions(path, images_dir=folder / "images")
+    assert texts(captions) == [(DOG, "A dog .")]
+    assert [each.kind for each in captions.problems] == [
+        "malformed",
+        "missing image",
+        "malformed",
+        "missing image",
+    ]
+
+
+def test_json_whose_entries_are_no_objects(folder: Path) -> None:
+    coco = {
+        "images": [7, {"id": 1, "file_name": DOG}],
+        "annotations": [
+            None,
+            {"image_id": [1], "caption": "A ."},
+            {"image_id": 1, "caption": 5},
+            {"image_id": 1, "caption": "A dog ."},
+        ],
+    }
+    captions = read_captions(write(folder, "coco.json", json.dumps(coco)))
+    assert texts(captions) == [(DOG, "A dog .")]
+    assert captions.skipped() == {"malformed": 2, "missing image": 1}
+    sentences = [7, {"raw": 5}, {"raw": "A dog ."}]
+    karpathy = {"images": ["a", {"filename": DOG, "sentences": sentences, "split": 1}]}
+    captions = read_captions(write(folder, "k.json", json.dumps(karpathy)))
+    assert texts(captions) == [(DOG, "A dog .")]
+    assert [each.place for each in captions.problems] == [
+        "images[0]",
+        "images[1].sentences[0]",
+        "images[1].sentences[1]",
+    ]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_byte_order_marks(folder: Path, encoding: str) -> None:
     content = f"image,caption,split\n{DOG},Café noir .,val\n".encode(encoding)
@@ -312,11 +349,13 @@ def test_images_elsewhere(tmp_path: Path, folder: Path) -> None:
     [
         ("", "is empty"),
         ("once upon a time\n", "no format is known"),
+        (b"\x8c,\r\x07\x00\xfe,\xb1\r\r,\n", "no format is known"),
+        (b"\xff\xfe\x41", "is no text"),
         ('{"images": [', "not valid JSON"),
         ('{"0": {"filename": "a", "caption": "b", "negative_caption": "c"}}', "SugarCrepe"),
     ],
 )
-def test_what_is_no_caption_file(tmp_path: Path, content: str, message: str) -> None:
+def test_what_is_no_caption_file(tmp_path: Path, content: str | bytes, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_captions(write(tmp_path, "c", content))
     with pytest.raises(InputError, match="no such file"):

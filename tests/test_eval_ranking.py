@@ -232,3 +232,10 @@ def test_broken_qrels(tmp_path: Path, content: str) -> None:
     (tmp_path / "qrels").write_text(content)
     with pytest.raises(InputError):
         trec.read_qrels(tmp_path / "qrels")
+
+
+def test_qrels_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes("q 0 caf\xe9.jpg 1\n".encode("latin-1"))
+    for name, reason in (("absent", "No such file"), ("latin", "not UTF-8")):
+        with pytest.raises(InputError, match=reason):
+            trec.read_qrels(tmp_path / name)
