@@ -299,7 +299,9 @@ def _listed(owner: dict[str, Any], name: str) -> Iterator[tuple[str, dict[str, A
 
 
 def _coco(document: dict[str, Any]) -> Rows:
-    names = {str(image.get("id")): image.get("file_name") for _, image in _listed(document, "images")}
+    names = {
+        str(image.get("id")): image.get("file_name") for _, image in _listed(document, "images")
+    }
     for place, annotation in _listed(document, "annotations"):
         name, caption = names.get(str(annotation.get("image_id"))), annotation.get("caption")
         if not isinstance(caption, str):
