@@ -91,6 +91,8 @@ class Filters:
         for name in ("width", "height"):
             least = getattr(self, f"min_{name}")
             if least is not None:
+                if abs(least) >= 2**63:  # Milvus keeps 64 bits
+                    raise UsageError(f"--min-{name} {least} is beyond any picture")
                 parts.append(f"{name} >= {{min_{name}}}")
                 values[f"min_{name}"] = least
         if self.orientation is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -27,7 +28,7 @@ def picture_source(name: str) -> Path | bytes:
     try:
         with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
             data = answer.read(MAX_BYTES + 1)
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise InputError(f"cannot fetch {name}: {reason}", "Check the address.") from error
     if len(data) > MAX_BYTES:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,6 +77,7 @@ class VectorStore:
         self._found = False  # the collection, in this connection
         self._loaded = False
         self._unflushed = 0  # rows
+        self._templates: bool | None = None  # whether it knows them; None: not asked yet
 
     @property
     def is_lite(self) -> bool:
@@ -222,6 +224,7 @@ class VectorStore:
             return
         client, self._client = self._client, None
         self._found = self._loaded = False
+        self._templates = None
         client.close()
         if self.is_lite:  # closing the client alone would keep the file's lock in this process
             from milvus_lite.server_manager import server_manager_instance
@@ -306,7 +309,9 @@ class VectorStore:
     def _filter(self, client: Any, condition: Condition | None) -> dict[str, Any]:
         if condition is None:
             return {}
-        if self.is_lite or _version(client) < (2, 5):  # they know no templates
+        if self._templates is None:
+            self._templates = not self.is_lite and _knows_templates(client.get_server_version())
+        if not self._templates:
             return {"filter": condition.inlined()}
         return {"filter": condition.expression, "filter_params": condition.values}
 
@@ -378,9 +383,11 @@ def _fit(text: str) -> str:
     return text.encode()[:_TEXT_BYTES].decode("utf-8", "ignore")
 
 
-def _version(client: Any) -> tuple[int, int]:
-    major, minor = client.get_server_version().lstrip("v").split(".")[:2]
-    return int(major), int(minor)
+def _knows_templates(version: str) -> bool:
+    """Say whether a server fills values into expressions, as Milvus does from 2.5 on."""
+    match = re.match(r"v?(\d+)\.(\d+)", version)
+    # Zilliz Cloud and builds off the main branch name no number; they are never old.
+    return match is None or (int(match[1]), int(match[2])) >= (2, 5)
 
 
 def _lite_error(path: Path) -> Exception:

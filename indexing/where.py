@@ -10,6 +10,7 @@ exist, and values travel beside the expression: nothing a user writes becomes Mi
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable
 from datetime import date, datetime, timedelta, timezone
@@ -27,6 +28,7 @@ _TOKEN = re.compile(
 )
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
+_DEEPEST = 50  # parentheses and nots within one another
 _COMPARISONS = {"=": "==", "==": "==", "!=": "!=", "<": "<", "<=": "<=", ">": ">", ">=": ">="}
 
 
@@ -57,16 +59,22 @@ def _count(token: _Token) -> int:
     match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([a-z]*)", token.text.lower())
     if token.kind != "number" or match is None:
         raise ValueError("is no number")
-    return round(float(match[1]) * _UNITS[match[2]])
+    number = float(match[1]) * _UNITS[match[2]]
+    if abs(number) >= 2**63:
+        raise ValueError("is beyond any number of pixels or bytes")
+    return round(number)
 
 
 def _degrees(token: _Token) -> float:
     if token.kind != "number":
         raise ValueError("is no number")
     try:
-        return float(token.text)
+        degrees = float(token.text)
     except ValueError:
-        raise ValueError("is no number of degrees") from None
+        degrees = math.inf
+    if not math.isfinite(degrees):
+        raise ValueError("is no number of degrees")
+    return degrees
 
 
 def _words(token: _Token) -> str:
@@ -114,6 +122,7 @@ class _Compiler:
         self._source = text
         self._tokens = self._split(text)
         self._at = 0
+        self._depth = 0
         self._values: dict[str, Any] = {}
 
     def compile(self) -> Condition:
@@ -166,13 +175,19 @@ class _Compiler:
         return parts[0] if len(parts) == 1 else f"({' and '.join(parts)})"
 
     def _one(self) -> str:
-        if self._takes("not"):
-            return f"(not {self._one()})"
-        if self._takes("("):
+        opening = self._next
+        if not self._takes("not", "("):
+            return self._comparison()
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise self._wrong(opening, f"is nested more than {_DEEPEST} deep")
+        if opening.text == "(":
             inside = self._either()
             self._expect(")")
-            return inside
-        return self._comparison()
+        else:
+            inside = f"(not {self._one()})"
+        self._depth -= 1
+        return inside
 
     def _comparison(self) -> str:
         name = self._take()

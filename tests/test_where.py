@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mmsearch.core.errors import UsageError
+from mmsearch.core.errors import InputError, UsageError
 from mmsearch.indexing.filters import NO_PLACE, NOT_TAKEN, Condition, Filters
+from mmsearch.indexing.remote_image import picture_source
+from mmsearch.indexing.vectors import VectorStore
 from mmsearch.indexing.where import compile_where
 
 
@@ -59,6 +61,12 @@ def test_meaning(text, expression, values):
         ("extension in 'jpg'", "'jpg'", "where [ should"),
         ("path = /tmp", "/", "means nothing"),
         ("", "", "no field"),
+        pytest.param("(" * 3000 + "width > 5", "(", "more than 50 deep", id="brackets"),
+        pytest.param("not " * 3000 + "width > 5", "not", "more than 50 deep", id="nots"),
+        ("width >= 100000000000000000000000", "1" + "0" * 23, "beyond any number"),
+        pytest.param("size < " + "9" * 400, "9" * 400, "beyond any number", id="size"),
+        pytest.param("latitude < " + "9" * 400, "9" * 400, "no number of", id="degrees"),
+        ("width >= 1e23", "1", "means nothing"),
     ],
 )
 def test_errors_point_at_the_word(text, word, says):
@@ -97,3 +105,45 @@ def test_filters_combine():
     assert Filters().condition() is None
     with pytest.raises(UsageError, match="diagonal"):
         Filters(orientation="diagonal").condition()
+    with pytest.raises(UsageError, match="beyond any picture"):
+        Filters(min_width=10**23).condition()
+
+
+class Server:
+    """What of a Milvus client says which version it talks to."""
+
+    def __init__(self, version: str) -> None:
+        self.version = version
+        self.asked = 0
+
+    def get_server_version(self) -> str:
+        self.asked += 1
+        return self.version
+
+
+@pytest.mark.parametrize(
+    ("version", "templates"),
+    [
+        ("v2.4.23", False),
+        ("2.3.1", False),
+        ("v2.5.4", True),
+        ("2.6.0-rc1", True),
+        ("2.6-20260404-31fb3fc", True),
+        ("unknown-20260608-7ea6e3526", True),
+        ("Zilliz Cloud Vector Database(Compatible with Milvus 2.6)", True),
+    ],
+)
+def test_values_travel_apart_wherever_the_server_can_take_them(version, templates):
+    store, server = VectorStore("http://localhost", "images", 4), Server(version)
+    condition = Condition("width > {w}", {"w": 5})
+    for _ in range(2):
+        sent = store._filter(server, condition)
+        assert ("filter_params" in sent) == templates
+        assert sent["filter"] == ("width > {w}" if templates else "width > 5")
+    assert server.asked == 1  # once a connection, not once a query
+
+
+@pytest.mark.parametrize("url", ["http://localhost/a b.jpg", "http://localhost:port/a.jpg"])
+def test_an_address_that_is_none_is_the_inputs_fault(url):
+    with pytest.raises(InputError, match="cannot fetch"):
+        picture_source(url)
