@@ -73,8 +73,14 @@ def repair(index: ImageIndex, progress: Callable[[int, int], None] | None = None
 
     Returns:
         What was done, a sentence each.
+
+    Raises:
+        BadIndex: the catalog is damaged.
+        IndexBusy: another process writes to the index.
+        StorageError: Milvus cannot be reached.
     """
     tell = progress or (lambda done, total: None)
+    index.hold()
     done: list[str] = []
     catalog, _, vectors = index.parts
     if wrong := catalog.integrity():
@@ -83,6 +89,7 @@ def repair(index: ImageIndex, progress: Callable[[int, int], None] | None = None
             "It cannot be mended. Rebuild: mmsearch index --rebuild PATH...",
         )
     hashes, _ = damaged_contents(index, tell)
+    index.mark_unfinished()
     if hashes:
         catalog.forget_contents(hashes)
         done.append(

@@ -286,15 +286,12 @@ class ImageIndex:
         started = time.monotonic()
         events = on_event or Events()
         stopped = stop.is_set if stop else lambda: False
-        self._lock.acquire(self._wait)
-        if self._catalog.get_state(_UNFINISHED):
-            events.stage("completing a run that was cut off")
-            self.reconcile()
+        self._complete(events)
         plan = self.plan(paths, include=include, exclude=exclude)
         events.planned(plan)
         report = IndexReport(0, plan.unchanged, 0, 0, 0, 0.0, problems=plan.problems)
         if plan.to_do or (plan.missing and not keep_missing):
-            self._catalog.set_state(_UNFINISHED, str(os.getpid()))
+            self.mark_unfinished()
             gone = plan.missing
             if plan.to_do:
                 walk = Walk(paths, Rules(include, exclude))
@@ -322,7 +319,7 @@ class ImageIndex:
             events.stage("building the search index")
             return_freed_memory()
             self._vectors.flush()
-            self._catalog.set_state(_UNFINISHED, None)
+            self.mark_finished()
         done = report.added + report.moved + report.failed
         return replace(
             report,
@@ -386,6 +383,14 @@ class ImageIndex:
             events=events,
         )
 
+    def _complete(self, events: Events) -> None:
+        """Take the lock, and make whole what a run that was cut off left behind."""
+        self.hold()
+        if self._catalog.get_state(_UNFINISHED):
+            events.stage("completing a run that was cut off")
+            self.reconcile()
+            self.mark_finished()
+
     def _forget(self, ids: Sequence[int]) -> None:
         """Remove files: from Milvus first, so that a kill leaves no image without a record."""
         if ids:
@@ -401,7 +406,7 @@ class ImageIndex:
         Raises:
             InputError: nothing of the index lies at one of the paths.
         """
-        self._lock.acquire(self._wait)
+        self._complete(Events())
         ids: list[int] = []
         for path in paths:
             found = self._ids_at(os.path.abspath(path))
@@ -410,8 +415,10 @@ class ImageIndex:
                     f"nothing of the index lies at {path}", "See `mmsearch status` for what does."
                 )
             ids += found
+        self.mark_unfinished()
         self._forget(ids)
         self._vectors.flush()
+        self.mark_finished()
         return len(ids)
 
     def _ids_at(self, path: str) -> list[int]:
@@ -461,6 +468,10 @@ class ImageIndex:
         if self.manifest.milvus_uri is None:
             _clear(self.path / VECTORS)
         self._vectors.create()
+
+    def mark_unfinished(self) -> None:
+        """Say that catalog and Milvus may differ from now on, should this process be killed."""
+        self._catalog.set_state(_UNFINISHED, str(os.getpid()))
 
     def mark_finished(self) -> None:
         """Say that catalog and Milvus agree."""
@@ -649,6 +660,7 @@ def _make_room(path: Path, lock: IndexLock, rebuild: bool, wait: float) -> None:
     """Make the folder, lock it, and clear it of an earlier index but of nothing else."""
     ours = {FILE_NAME, CATALOG, f"{CATALOG}-wal", f"{CATALOG}-shm", SHARDS, VECTORS, "lock"}
     ours |= {"manifest.part", "heads"}
+    _refuse_finished(path, rebuild)  # at once, where there is no need to wait
     try:
         path.mkdir(parents=True, exist_ok=True)
         others = {entry.name for entry in path.iterdir()} - ours
@@ -657,7 +669,6 @@ def _make_room(path: Path, lock: IndexLock, rebuild: bool, wait: float) -> None:
                 f"{path} holds other things ({sorted(others)[0]!r})",
                 "Give the index a folder of its own with --index DIR.",
             )
-        _refuse_finished(path, rebuild)  # at once, where there is no need to wait
         lock.acquire(wait)
         _refuse_finished(path, rebuild)  # another process may have made it meanwhile
         for name in (FILE_NAME, f"{CATALOG}-wal", f"{CATALOG}-shm", CATALOG):

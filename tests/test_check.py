@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from mmsearch.core.errors import BadIndex
+from mmsearch.core.errors import BadIndex, IndexBusy
 from mmsearch.indexing.check import check, repair
 from mmsearch.indexing.index import ImageIndex
+from mmsearch.indexing.lock import IndexLock
 
 from .test_index import SPEC, StandIn, contents, make_pictures
 
@@ -104,3 +105,39 @@ def test_a_damaged_catalog_is_named(index):
     path.write_bytes(b"SQLite format 3\0" + b"garbage" * 600)
     with pytest.raises(BadIndex, match="damaged"):
         ImageIndex.open(index.path)
+
+
+def test_repair_touches_nothing_that_another_process_holds(index, monkeypatch):
+    """An index with its vectors on a server is opened without the lock."""
+    index._lock.release()
+    other = IndexLock(index.path)
+    other.acquire()
+    before = contents(index)
+    path = index.path / "shards" / "000000.patches"
+    path.write_bytes(path.read_bytes()[:-10])
+    monkeypatch.setattr(index, "reset_vectors", lambda: pytest.fail("the collection is dropped"))
+    monkeypatch.setattr(index.parts[2], "ids", lambda: pytest.fail("work before the lock is held"))
+    with pytest.raises(IndexBusy):
+        repair(index)
+    other.release()
+    assert len(index) == len(before)
+
+
+def test_a_repair_that_is_cut_off_is_completed_by_the_next_run(index, tmp_path, monkeypatch):
+    before = contents(index)
+    path = index.path / "shards" / "000000.patches"
+    path.write_bytes(path.read_bytes()[:-10])
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "reconcile", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            repair(index)
+    assert all(finding.harmless for finding in check(index))
+    found = index.search(index.pooled()[1][:1], 20).ids[0]
+    index.records(found[found >= 0].tolist())  # none is found without a record
+    index.add([tmp_path / "photos"], StandIn())
+    assert check(index) == []
+    assert contents(index) == before
+
+
+def cut_off(*arguments: object) -> None:
+    raise KeyboardInterrupt

@@ -78,3 +78,26 @@ def test_a_killed_run_leaves_no_lock_and_is_searchable(tmp_path):
         if len(index):
             found = index.search(index.pooled()[1][:1], 20)
             index.records(found.ids[found.ids >= 0].tolist())
+
+
+def test_a_removal_that_is_cut_off_is_completed_by_the_next_run(tmp_path, monkeypatch):
+    photos = tmp_path / "photos"
+    make_pictures(photos, 6)
+    with ImageIndex.create(tmp_path / "index", SPEC) as index:
+        index.add([photos], StandIn())
+        before = contents(index)
+
+        def cut_off(ids) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(index.parts[0], "remove", cut_off)
+            with pytest.raises(KeyboardInterrupt):
+                index.remove([photos / "0000.png"])
+    with ImageIndex.open(tmp_path / "index") as index:
+        (finding,) = check(index)
+        assert finding.harmless
+        index.add([photos], StandIn())
+        assert check(index) == []
+        assert contents(index) == before
+        assert not index.stats().unfinished, "though there was nothing to embed"
