@@ -219,8 +219,8 @@ class RemoteRows:
                     f"the shards at {self._storage.url} lack rows that the catalog names",
                     "Run `mmsearch check --repair`.",
                 )
-            rows, have = self._open(part)
-            tasks.append((part, places, wanted[places] - part.start, rows, have))
+            local = wanted[places] - part.start
+            tasks.append((part, places, local, *self._open(part, local)))
         self._fill(
             [(part, need[have[need] == 0], rows, have) for part, _, need, rows, have in tasks]
         )
@@ -228,14 +228,22 @@ class RemoteRows:
             result[places] = rows[local]
         return result[0] if np.ndim(index) == 0 else result
 
-    def _open(self, part: _Part) -> tuple[np.ndarray, np.ndarray]:
-        """Map a part's cache: (rows, ...) and a byte a row that says whether it is there."""
+    def _open(self, part: _Part, need: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Map a part's cache: (rows, ...) and a byte a row that says whether it is there.
+
+        There is room for the rows needed: on a full disk, writing to a mapping kills the process.
+        """
+        row_file, have_file = (
+            part.cached.with_name(part.cached.name + suffix) for suffix in (".rows", ".have")
+        )
         try:
             part.cached.parent.mkdir(parents=True, exist_ok=True)
-            rows = _map(part.cached.with_name(part.cached.name + ".rows"), self._kind, part.rows)
-            have = _map(
-                part.cached.with_name(part.cached.name + ".have"), np.dtype("u1"), part.rows
-            )
+            rows = _map(row_file, self._kind, part.rows)
+            have = _map(have_file, np.dtype("u1"), part.rows)
+            _reserve(have_file, 0, part.rows)
+            size = self._kind.itemsize
+            for first, last in _spans(need[have[need] == 0], GAP_BYTES // size):
+                _reserve(row_file, first * size, last * size)
         except OSError:  # no room or no right to keep anything: read without keeping
             rows = np.empty((part.rows, *self._kind.shape), self._kind.base)
             have = np.zeros(part.rows, np.uint8)
@@ -268,6 +276,13 @@ def _map(path: Path, kind: np.dtype, count: int) -> np.ndarray:
         if file.tell() < count * kind.itemsize:
             file.truncate(count * kind.itemsize)
     return np.memmap(path, kind.base, "r+", shape=(count, *kind.shape))
+
+
+def _reserve(path: Path, start: int, end: int) -> None:
+    """Allocate a stretch of a sparse file; what is there stays. Not all systems can (macOS)."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), start, end - start)
 
 
 def _spans(rows: np.ndarray, gap: int) -> Iterator[tuple[int, int]]:

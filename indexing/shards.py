@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 PATCH_CODES = ("int8", "int4", "fp16")
 SHARD_BYTES = 1 << 28  # a shard is closed once its patches are larger than this
+CHECKED_AT_ONCE = 256  # rows in memory while checksums are taken
 _FILE = re.compile(r"\d{6}\.(pooled|patches)")
 _LARGEST = {"int8": 127, "int4": 7}
 
@@ -407,10 +408,9 @@ class Shards:
         for shard, places in _by_shard(positions):
             pooled = self._storage.rows(f"{shard:06d}.pooled", self.row.pooled)
             records = self._storage.rows(f"{shard:06d}.patches", self.row.patches)
-            for place in places:
-                row = positions[place, 1]
-                if row < min(len(pooled), len(records)):
-                    bad[place] = _checksum(pooled[row], records[row]) != records[row]["checksum"]
+            there = places[positions[places, 1] < min(len(pooled), len(records))]
+            for some in np.split(there, range(CHECKED_AT_ONCE, len(there), CHECKED_AT_ONCE)):
+                bad[some] = _mismatches(pooled, records, positions[some, 1])
         return bad
 
     def lengths(self) -> dict[int, int]:
@@ -428,15 +428,27 @@ class Shards:
         stems = {name.split(".")[0] for name in self._storage.names()}
         return sorted(int(stem) for stem in stems if stem.isdecimal())
 
-    def forget(self) -> None:
-        """Drop the mappings, after files were replaced."""
-        self._mapped.clear()
-
 
 def _by_shard(positions: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Group (M, 2) positions: each shard with the indices that lie in it."""
     for shard in np.unique(positions[:, 0]):
         yield int(shard), np.flatnonzero(positions[:, 0] == shard)
+
+
+def _mismatches(pooled: Rows, records: Rows, rows: np.ndarray) -> np.ndarray:
+    """Say of which rows the checksum is wrong, or a part of the file gone, (M,) bool."""
+    try:
+        vectors, stored = pooled[rows], records[rows]  # together: a remote store is asked once
+    except BadIndex:
+        if len(rows) == 1:
+            return np.ones(1, bool)
+        halves = np.array_split(rows, 2)
+        return np.concatenate([_mismatches(pooled, records, half) for half in halves])
+    wrong = [
+        _checksum(vector, record) != record["checksum"]
+        for vector, record in zip(vectors, stored, strict=True)
+    ]
+    return np.array(wrong, bool)
 
 
 def _checksum(pooled: np.ndarray, record: np.ndarray | np.void) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
+import os
 import threading
 import uuid
 from collections.abc import Iterator
@@ -112,6 +114,16 @@ def test_the_cache_stays_within_its_limit(url, tmp_path):
     assert held <= 100_000
 
 
+def test_a_full_disk_keeps_nothing_and_reads_on(storage, tmp_path, monkeypatch):
+    def full(file: int, start: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    storage.append("000000.pooled", 0, numbered(0, 5))
+    assert storage.rows("000000.pooled", KIND)[np.array([4, 1])][:, 0].tolist() == [4, 1]
+    assert sum(path.stat().st_blocks for path in tmp_path.glob("cache/*/*")) == 0
+
+
 def test_errors_name_the_url(tmp_path):
     with pytest.raises(UsageError, match="nosuch://"):
         RemoteStorage("nosuch://bucket/x", tmp_path)
@@ -205,6 +217,23 @@ def remove_a_part(url: str) -> None:
     memory.rm_file(f"{root}/000000.patches/0000000005")  # five of the twelve pictures
 
 
+def test_checking_asks_for_many_rows_at_once(remote_index, url, monkeypatch):
+    requests: list[int] = []
+    before = RemoteStorage.fetch
+
+    def fetch(self, wanted):
+        requests.append(len(wanted))
+        return before(self, wanted)
+
+    monkeypatch.setattr(RemoteStorage, "fetch", fetch)
+    _, positions = remote_index.parts[0].live()
+    shards = remote_index.parts[1]
+    assert not shards.damaged(positions).any()
+    assert len(requests) == 2  # vectors and patches
+    remove_a_part(url)
+    assert shards.damaged(positions).sum() == 5
+
+
 def one_text() -> TextFeatures:
     pooled = torch.nn.functional.normalize(torch.ones(1, 16), dim=-1)
     mask = torch.ones(1, 1, dtype=torch.bool)
@@ -215,7 +244,7 @@ def test_missing_patches_are_computed_from_the_files(remote_index, tmp_path, url
     ids, _ = remote_index.pooled()
     whole = remote_index.patches(ids.tolist())
     remove_a_part(url)
-    remote_index._shards.forget()
+    remote_index._shards._mapped.clear()
     with pytest.raises(BadIndex):
         remote_index.patches(ids.tolist())
     batch = remote_index.patches_there(ids.tolist())
@@ -242,7 +271,7 @@ def test_missing_patches_are_computed_from_the_files(remote_index, tmp_path, url
 def test_a_candidate_without_patches_keeps_its_coarse_score(remote_index, url):
     ids, _ = remote_index.pooled()
     remove_a_part(url)
-    remote_index._shards.forget()
+    remote_index._shards._mapped.clear()
     candidates = Candidates(ids[None], np.linspace(1, 0, 12, dtype=np.float32)[None])
     ranked = rerank(Summing(), one_text(), candidates, remote_index.patches_there)
     present = remote_index.patches_there(ids.tolist()).present
