@@ -130,6 +130,7 @@ class Catalog:
     def __init__(self, path: Path | str, *, read_only: bool = False) -> None:
         self._path = path
         self._lock = threading.RLock()
+        self._live: tuple[tuple[int, int], int] | None = None  # (state of the file, live files)
         with self._errors():
             target = f"{Path(path).as_uri()}?mode=ro" if read_only else str(path)
             self._db = sqlite3.connect(
@@ -378,6 +379,14 @@ class Catalog:
             "WHERE content IS NULL OR failure IS NOT NULL ORDER BY folder, name"
         )
         return [Failure(os.fsdecode(folder + name), reason) for folder, name, reason in rows]
+
+    def live_count(self) -> int:
+        """Count the searchable files, anew only after a write: every search asks for it."""
+        ((others,),) = self._all("PRAGMA data_version")  # changes with writes of other connections
+        state = others, self._db.total_changes
+        if self._live is None or self._live[0] != state:
+            self._live = state, self._all(f"SELECT count(*) FROM {_LIVE}")[0][0]
+        return self._live[1]
 
     def counts(self) -> Counts:
         """Count what there is."""

@@ -232,7 +232,7 @@ class ImageIndex:
         self.close()
 
     def __len__(self) -> int:
-        return self._catalog.counts().images
+        return self._catalog.live_count()
 
     # Writing.
 

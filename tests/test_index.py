@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import weakref
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from mmsearch.core.errors import BadIndex, IndexBusy, InputError, StorageError
 from mmsearch.core.types import Grid, ImageFeatures
+from mmsearch.indexing.catalog import Catalog
 from mmsearch.indexing.encoder import EncoderSpec
 from mmsearch.indexing.filters import Filters
 from mmsearch.indexing.images import decode
@@ -136,6 +138,29 @@ def test_what_goes_in_is_found(index, photos):
     batch = index.patches([number, number])
     error = (batch.values()[1] - features.patches[0]).abs()
     assert (error <= batch.scales[1].float().unsqueeze(-1) * 0.51).all()
+
+
+def test_files_are_counted_once_between_writes(index, photos, monkeypatch):
+    """A search asks how many there are, and to count a large catalog takes long."""
+    index.add([photos], StandIn())
+    catalog = index.parts[0]
+    query, ask, asked = index.pooled()[1][:1], catalog._all, []
+    assert len(index) == 17
+
+    def listen(text: str, *values: object) -> list[tuple]:
+        asked.append(text)
+        return ask(text, *values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(catalog, "_all", listen)
+        index.search(query, 5)
+        assert len(index) == 17
+        assert not [text for text in asked if "count(" in text]
+    index.remove([photos / "0001.png"])
+    assert len(index) == 16
+    with closing(Catalog(index.path / "catalog.sqlite")) as other:  # as another process does
+        other.remove([index.id_of(photos / "0002.png")])
+    assert len(index) == 15
 
 
 def test_milvus_lite_is_flushed_now_and_then(index, photos, monkeypatch):
