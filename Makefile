@@ -3,7 +3,7 @@
 # make bench  every benchmark at its full size (two hours or more)
 #
 # Each sets up .venv first. PYTHON=python3.12 chooses the interpreter; PICTURES=FOLDER the photographs
-# that the benchmarks use; MMSEARCH_FLICKR8K (captions.csv, images/) adds the one that needs captions.
+# that the benchmarks use; MMSEARCH_FLICKR8K (captions.csv, images/) adds those that need captions.
 
 PYTHON ?= python3
 VENV := .venv
@@ -45,6 +45,7 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/rerank.py --attention
 	$(BIN)/python benchmarks/eval.py large
 	$(if $(MMSEARCH_FLICKR8K),$(BIN)/python benchmarks/eval.py captions)
+	$(if $(MMSEARCH_FLICKR8K),$(BIN)/python benchmarks/patches.py --every 10)
 	$(BIN)/python benchmarks/fuzz.py
 	$(BIN)/python benchmarks/kill.py --work $(BENCH)/kill
 	$(BIN)/python benchmarks/indexing.py --source $(PICTURES) --work $(BENCH)/indexing --memory 20000
