@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +26,7 @@ from .output import print_line, progress, say, warn
 
 if TYPE_CHECKING:
     from ..core.types import Grid
-    from ..indexing.encoder import Encoder
+    from ..indexing.encoder import Encoder, EncoderSpec
     from ..indexing.index import Events, ImageIndex, IndexReport, Plan
     from ..indexing.manifest import Manifest
 
@@ -83,9 +84,13 @@ def index(
         ),
     ] = None,
     patch_kind: Annotated[
-        str,
-        typer.Option("--patch-kind", help="Patch features: aligned or penultimate (new index)."),
-    ] = "aligned",
+        str | None,
+        typer.Option(
+            "--patch-kind",
+            show_default="aligned",
+            help="Patch features: aligned or penultimate (new index).",
+        ),
+    ] = None,
     patch_codes: Annotated[
         str | None,
         typer.Option(
@@ -127,7 +132,11 @@ def index(
         bool, typer.Option("--keep-missing", help="Keep pictures whose files are gone.")
     ] = False,
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Start over: clear the index away first.")
+        bool,
+        typer.Option(
+            "--rebuild",
+            help="Start over: clear the index away first. What no option says stays as it was.",
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", "-n", help="Say what would be done and do nothing.")
@@ -154,9 +163,13 @@ def index(
     ] = None,
     milvus: MilvusOption = None,
     index_type: Annotated[
-        str,
-        typer.Option("--index-type", help="Milvus index (new index): HNSW, FLAT, IVF_SQ8, ..."),
-    ] = "HNSW",
+        str | None,
+        typer.Option(
+            "--index-type",
+            show_default="HNSW",
+            help="Milvus index (new index): HNSW, FLAT, IVF_SQ8, ...",
+        ),
+    ] = None,
     index_params: Annotated[
         str | None,
         typer.Option(
@@ -167,12 +180,13 @@ def index(
         ),
     ] = None,
     partition_by: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--partition-by",
+            show_default="none",
             help="folder: keep vectors by folder, for --in on a server; or none (new index).",
         ),
-    ] = "none",
+    ] = None,
     shards: Annotated[
         str | None,
         typer.Option(
@@ -196,7 +210,7 @@ def index(
     verbose: VerboseOption = False,
 ) -> None:
     """Make pictures searchable, or bring the index up to date with them."""
-    from ..indexing.index import ImageIndex, read_plan
+    from ..indexing.index import ImageIndex, place_of_shards, read_plan
     from ..indexing.manifest import Manifest
     from ..indexing.pooling import check_pool
     from ..indexing.shards import PATCH_CODES
@@ -205,11 +219,20 @@ def index(
         raise UsageError(
             f"unknown --patch-codes {patch_codes!r}", f"Use one of {', '.join(PATCH_CODES)}."
         )
-    tiling = read_tiles(tiles or "1x1")
     if patch_pool is not None:
         check_pool(patch_pool)
-    parted = read_partition_by(partition_by)
-    built = read_index_params(index_params)
+    asked: dict[str, Any] = {  # what an index is made with, as create and its manifest name it
+        "patch_codes": patch_codes,
+        "patch_pool": patch_pool,
+        "index_type": index_type,
+        "index_params": read_index_params(index_params),
+        "partition_by": None if partition_by is None else read_partition_by(partition_by),
+        "shards": None if shards is None else place_of_shards(shards),
+    }
+    encoding: dict[str, Any] = {
+        "patch_kind": patch_kind,
+        "tiles": None if tiles is None else read_tiles(tiles),
+    }
     folder = index_dir(index)
     rules = {"include": include or (), "exclude": exclude or ()}
     exists = (folder / "manifest.json").exists()
@@ -219,35 +242,31 @@ def index(
         return
     if not exists or rebuild:
         _refuse_nothing(read_plan(folder, paths, **rules, rebuild=rebuild), paths)
-        encoder, why = _new_encoder(
-            folder if rebuild and exists else None,
-            model,
-            pretrained,
-            device,
-            precision,
-            patch_kind,
-            tiling,
-        )
+        if exists and (old := _readable_manifest(folder)) is not None:
+            if model is None:
+                model, pretrained = old.encoder.model, old.encoder.pretrained
+            if index_type not in (None, old.index_type):  # other parameters than its own
+                old = replace(old, index_params=None)
+            milvus = milvus or old.milvus_uri
+            asked, encoding = _unless_asked(asked, old), _unless_asked(encoding, old.encoder)
+        encoder, why = _new_encoder(model, pretrained, device, precision, _given(encoding))
         say(why, quiet=quiet)
         opened = ImageIndex.create(
             folder,
             encoder.spec,
             milvus_uri=milvus,
             milvus_token=milvus_token(),
-            patch_codes=patch_codes or "int8",
-            patch_pool=patch_pool or "1",
-            index_type=index_type,
-            index_params=built,
-            partition_by=parted,
-            shards=shards,
             rebuild=rebuild,
             wait=wait,
+            **_given(asked),
         )
         held = [encoder]  # handed over once, so that its memory is free when Milvus builds
         del encoder
         load = held.pop
     else:
-        _refuse_other_rows(Manifest.read(folder), patch_codes, patch_pool, tiles)
+        made = Manifest.read(folder)
+        _refuse_other(asked, made)
+        _refuse_other(encoding, made.encoder)
         opened = open_index(index, milvus, wait)
         load = _loader(opened, model, pretrained, device, precision)
     with opened, _stopping(quiet) as stop, _showing(quiet, verbose) as events:
@@ -353,53 +372,56 @@ def _refuse_nothing(plan: Plan, paths: list[Path]) -> None:
         )
 
 
-def _refuse_other_rows(
-    manifest: Manifest, patch_codes: str | None, patch_pool: str | None, tiles: str | None
-) -> None:
-    """Refuse to store patches in another way than the index does."""
+def _refuse_other(asked: dict[str, Any], made: Manifest | EncoderSpec) -> None:
+    """Refuse to go on in another way than the index was made with."""
     from ..core.errors import BadIndex
 
-    for option, asked, kept in (
-        ("--patch-codes", patch_codes, manifest.patch_codes),
-        ("--patch-pool", patch_pool, manifest.patch_pool),
-        ("--tiles", tiles, str(manifest.encoder.tiles)),
-    ):
-        if asked not in (None, kept):
+    for name, value in asked.items():
+        kept, option = getattr(made, name), "--" + name.replace("_", "-")
+        if value not in (None, kept):
+            how = f"without {option}" if kept is None else f"with {option} {kept}, not {value}"
             raise BadIndex(
-                f"the index was made with {option} {kept}, not {asked}",
+                f"the index was made {how}",
                 f"Leave {option} out, use another --index, or start over with --rebuild.",
             )
 
 
+def _readable_manifest(folder: Path) -> Manifest | None:
+    """Return the manifest of an index to be rebuilt, None if it is damaged."""
+    from ..core.errors import BadIndex
+    from ..indexing.manifest import Manifest
+
+    try:
+        return Manifest.read(folder)
+    except BadIndex:
+        return None  # rebuilding is what helps against that
+
+
+def _unless_asked(asked: dict[str, Any], made: Manifest | EncoderSpec) -> dict[str, Any]:
+    """Take what is not asked for from what an index was made with."""
+    return {name: getattr(made, name) if value is None else value for name, value in asked.items()}
+
+
+def _given(asked: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in asked.items() if value is not None}
+
+
 def _new_encoder(
-    old: Path | None,
     model: str | None,
     pretrained: str | None,
     device: str,
     precision: str,
-    patch_kind: str,
-    tiles: Grid,
+    encoding: dict[str, Any],
 ) -> tuple[Encoder, str]:
-    """Load the model for a new index; one that is rebuilt keeps its model unless told otherwise."""
-    from ..core.errors import BadIndex
+    """Load the model for a new index."""
     from ..indexing.encoder import load_encoder
-    from ..indexing.manifest import Manifest
     from ..indexing.models import resolve_auto
 
-    if model is None and old is not None:
-        try:
-            spec = Manifest.read(old).encoder
-        except BadIndex:
-            pass  # rebuilding is what helps against that
-        else:
-            model, pretrained = spec.model, spec.pretrained
     why = f"model {model}" + (f" ({pretrained})" if pretrained else "")
     if model in (None, "auto"):
         model, pretrained, why = resolve_auto()
         why += "; choose another with --model, see `mmsearch models`"
-    encoder = load_encoder(
-        model, pretrained, device=device, precision=precision, patch_kind=patch_kind, tiles=tiles
-    )
+    encoder = load_encoder(model, pretrained, device=device, precision=precision, **encoding)
     return encoder.drop_text(), why
 
 

@@ -164,7 +164,7 @@ class ImageIndex:
             index_type=index_type,
             index_params=index_params,
             partition_by=partition_by,
-            shards=shards if shards is None or is_url(shards) else os.path.abspath(shards),
+            shards=None if shards is None else place_of_shards(shards),
         )
         lock = IndexLock(path)
         try:
@@ -711,6 +711,11 @@ def _storage(path: Path, manifest: Manifest) -> LocalStorage | RemoteStorage:
     if place is not None and is_url(place):
         return RemoteStorage(place)
     return LocalStorage(path / SHARDS if place is None else Path(place))
+
+
+def place_of_shards(place: str) -> str:
+    """Return a place for shards as the manifest names it."""
+    return place if is_url(place) else os.path.abspath(place)
 
 
 def _claim(storage: LocalStorage | RemoteStorage, place: str, rebuild: bool) -> None:

@@ -167,6 +167,34 @@ def test_the_printed_way_out_of_damage_works(shell, photos, damage):
     assert shell("check")[:2] == (0, "")
 
 
+def test_what_an_index_was_made_with_stays(shell, photos, tmp_path):
+    choices = {
+        "--patch-codes": ("int4", "fp16"),
+        "--patch-pool": ("2", "1"),
+        "--tiles": ("2x2", "3x3"),
+        "--patch-kind": ("penultimate", "aligned"),
+        "--index-type": ("FLAT", "HNSW"),
+        "--partition-by": ("folder", "none"),
+        "--shards": (str(tmp_path / "shards"), str(tmp_path / "others")),
+    }
+    words = [word for option, (value, _) in choices.items() for word in (option, value)]
+    assert shell("index", photos, "--model", shell.model, "-q", *words)[0] == 0
+    manifest = (shell.index / "manifest.json").read_text()
+    for option, (value, other) in choices.items():
+        code, _, error = shell("index", photos, option, other)
+        assert code == 5
+        assert f"the index was made with {option} {value}, not {other}" in error
+    code, _, error = shell("index", photos, "--index-params", '{"M": 8}')
+    assert (code, "the index was made without --index-params" in error) == (5, True)
+    assert shell("index", photos, "-q", *words)[0] == 0
+    code, _, error = shell("index", photos, "-q", "--rebuild")
+    assert code == 0, error
+    assert (shell.index / "manifest.json").read_text() == manifest
+    assert shell("index", photos, "-q", "--rebuild", "--patch-codes", "int8")[0] == 0
+    changed = (shell.index / "manifest.json").read_text()
+    assert changed == manifest.replace('"int4"', '"int8"')
+
+
 def test_busy_and_waiting(shell, photos):
     assert shell("index", photos, "--model", shell.model, "-q")[0] == 0
     with ImageIndex.open(shell.index):
