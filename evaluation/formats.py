@@ -121,6 +121,8 @@ def _recognise_json(path: Path, lines: list[str]) -> tuple[str, Rows]:
     text = "\n".join(lines)
     try:
         document = json.loads(text)
+    except RecursionError:
+        raise InputError(f"{path} is nested too deep", "give a file of captions") from None
     except ValueError as error:
         try:
             json.loads(next(line for line in lines if line.strip()))

@@ -352,6 +352,7 @@ def test_images_elsewhere(tmp_path: Path, folder: Path) -> None:
         (b"\x8c,\r\x07\x00\xfe,\xb1\r\r,\n", "no format is known"),
         (b"\xff\xfe\x41", "is no text"),
         ('{"images": [', "not valid JSON"),
+        pytest.param("[" * 100_000, "nested too deep", id="deep"),
         ('{"0": {"filename": "a", "caption": "b", "negative_caption": "c"}}', "SugarCrepe"),
     ],
 )

@@ -143,6 +143,11 @@ def test_values_travel_apart_wherever_the_server_can_take_them(version, template
     assert server.asked == 1  # once a connection, not once a query
 
 
+def test_a_text_in_place_of_a_picture_is_the_inputs_fault():
+    with pytest.raises(InputError, match="no such picture"):
+        picture_source("a red car " * 30)
+
+
 @pytest.mark.parametrize("url", ["http://localhost/a b.jpg", "http://localhost:port/a.jpg"])
 def test_an_address_that_is_none_is_the_inputs_fault(url):
     with pytest.raises(InputError, match="cannot fetch"):
