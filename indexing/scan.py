@@ -13,7 +13,7 @@ import os
 import stat
 import tarfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -315,8 +315,3 @@ def read_picture(folder: str, seen: Seen) -> tuple[bytes, Seen]:
         if len(content) == size and before.st_mtime_ns == after.st_mtime_ns:
             return content, seen._replace(size=size, mtime_ns=before.st_mtime_ns)
     raise InputError("the file changes while it is read")
-
-
-def missing_roots(roots: Iterable[Path]) -> list[Path]:
-    """Return those of the named paths that do not exist."""
-    return [root for root in roots if not os.path.lexists(root)]
