@@ -52,7 +52,8 @@ Examples:
 
     mmsearch eval compare old.json new.json
 
-Exit codes: 0 done, 3 the gate failed, 4 captions or images cannot be used, 5 no such index.
+Exit codes: 0 done, 3 the gate failed, 4 captions or images cannot be used, 5 no such index
+or one of another model, 8 a report cannot be written.
 """
 
 

@@ -47,7 +47,7 @@ Examples:
 
     mmsearch index ~/Pictures --milvus http://milvus:19530 --index ~/team-index
 
-    mmsearch index /nfs/pictures --ray auto --milvus http://milvus:19530 --index /nfs/index
+    mmsearch index /nfs/pictures --ray auto --milvus http://milvus:19530 --index /srv/index
 
 Run it again whenever pictures came, changed or went: only those are read. Hidden files, @eaDir and
 what a .mmsearchignore file names (in gitignore's syntax) are left out. Interrupt it at any time;
@@ -452,13 +452,13 @@ def _loader(
 
 @contextmanager
 def _stopping(quiet: bool) -> Iterator[threading.Event]:
-    """Let the first Ctrl-C end the run after the batch in flight; the second ends it at once."""
+    """Let the first Ctrl-C end the run after the batches in flight; the second ends it at once."""
     stop = threading.Event()
 
     def handle(number: int, frame: object) -> None:
         signal.signal(signal.SIGINT, before)
         stop.set()
-        say("stopping after the batch in flight; once more to stop at once", quiet=quiet)
+        say("stopping after the batches in flight; once more to stop at once", quiet=quiet)
 
     before = signal.signal(signal.SIGINT, handle)
     try:
