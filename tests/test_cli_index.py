@@ -220,7 +220,7 @@ def test_interrupted(shell, photos):
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
-    assert "stopping after the batch in flight" in error
+    assert "stopping after the batches in flight" in error
     assert "the same command goes on from here" in error
     added = int(out.split()[0].replace(",", ""))
     assert added > 0
