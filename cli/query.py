@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -222,10 +224,11 @@ def _texts(
 def _known_folder(folder: Path | None) -> Path | None:
     if folder is None:
         return None
-    resolved = folder.expanduser().resolve()
-    if not resolved.exists():
+    # Not resolve(): the index names pictures by the way they were reached, symlinks included.
+    absolute = Path(os.path.abspath(folder.expanduser()))  # noqa: PTH100
+    if not absolute.exists():
         raise InputError(f"no such folder: {folder}", "--in takes a folder that was indexed.")
-    return resolved
+    return absolute
 
 
 def _make(folder: Path) -> None:
@@ -286,6 +289,8 @@ def _converse(searcher: Searcher, answer, form: Format, explain: bool) -> None:
 def _lines() -> Iterator[str]:
     with contextlib.suppress(ImportError):  # not on Windows
         import readline  # noqa: F401 - gives input() a history and editing keys
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line of no text is refused as a query
     while True:
         try:
             if sys.stdin.isatty():

@@ -6,14 +6,12 @@ mostly the same images. Nothing is added to the candidates and nothing taken awa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from ..core.errors import ModelError
-from ..rerank.rerank import QUERIES_AT_ONCE, queries_at_once, score_candidates
+from ..rerank.rerank import pairs_at_once, score_candidates
 from .gallery import Gallery
 from .ranking import Ranking
 from .texts import TextBank
@@ -48,7 +46,7 @@ def score_images(
         (Q, n) float32.
     """
     scores = np.empty((len(queries), n), dtype=np.float32)
-    for part in _blocks(len(queries), queries_at_once(scorer)):
+    for part in _blocks(len(queries), max(1, pairs_at_once(scorer) // max(n, 1))):
         images, cosines = coarse.order[part, :n], coarse.scores[part, :n]  # (B, n) each
         scores[part] = _score(scorer, texts, queries[part], images, cosines, gallery)
         if on_block:
@@ -83,20 +81,20 @@ def score_texts(
         found = np.empty(len(images), dtype=np.float32)
         # Texts wanted by about as many images go together, so that little is padded.
         by_count = np.argsort(counts, kind="stable")  # (U,)
-        for at in range(0, len(distinct), QUERIES_AT_ONCE):
-            some = by_count[at : at + QUERIES_AT_ONCE]  # (u,)
+        for block in _blocks_of_pairs(counts[by_count], pairs_at_once(scorer)):
+            some = by_count[block]  # (u,)
             columns = np.arange(counts[some].max())  # (w,)
             there = columns < counts[some, None]  # (u, w)
             pairs = by_text[starts[some, None] + np.where(there, columns, 0)]  # (u, w)
-            block = _score(
+            rescored = _score(
                 scorer,
                 texts,
                 distinct[some],
                 np.where(there, images[pairs], -1),
-                np.where(there, cosines[pairs], -np.inf).astype(np.float32),
+                cosines[pairs],
                 gallery,
             )
-            found[pairs[there]] = block[there]
+            found[pairs[there]] = rescored[there]
         scores[part] = found.reshape(-1, n)
         if on_block:
             on_block(len(scores[part]))
@@ -107,6 +105,16 @@ def _blocks(total: int, size: int) -> list[slice]:
     return [slice(at, at + size) for at in range(0, total, size)]
 
 
+def _blocks_of_pairs(counts: np.ndarray, most: int) -> Iterator[slice]:
+    """Cut ascending counts (U,) into blocks of at most ``most`` pairs, padding included."""
+    at = 0
+    while at < len(counts):
+        padded = counts[at:] * np.arange(1, len(counts) - at + 1)  # (U - at,) pairs of the block
+        size = max(1, int(np.searchsorted(padded, most, side="right")))
+        yield slice(at, at + size)
+        at += size
+
+
 def _score(
     scorer: Scorer,
     texts: TextBank,
@@ -115,20 +123,13 @@ def _score(
     cosines: np.ndarray,
     gallery: Gallery,
 ) -> np.ndarray:
-    """Score (B, n) images, -1 where there is none, of (B,) texts; each image is read once."""
-    distinct, inverse = np.unique(images, return_inverse=True)
-    padded = int(distinct[0] < 0)
-    rows = inverse.reshape(images.shape) - padded  # (B, n), -1 where there is none
-    ranks = score_candidates(
+    """Score (B, n) images, -1 where there is none, of (B,) texts."""
+    scores, _ = score_candidates(
         scorer,
         texts.take(queries.tolist()),
-        distinct[padded:].tolist(),
-        torch.from_numpy(rows),
-        torch.from_numpy(np.ascontiguousarray(cosines)),
+        images,
+        cosines,
         lambda rows: gallery.fetch(np.array(rows)),
         gallery.pictures,
-    ).rank  # (B, n)
-    scores = ranks.float().cpu().numpy()
-    if np.isnan(scores).any():
-        raise ModelError(f"scorer {scorer.name!r} gave a score that is not a number")
-    return scores
+    )
+    return scores  # (B, n)

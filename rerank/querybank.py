@@ -54,8 +54,7 @@ class Querybank:
             torch.logsumexp(scale * (some.cpu() @ self._unit.T), dim=1)  # (m,)
             for some in pooled.split(PICTURES_AT_ONCE)
         ]
-        total = torch.cat(parts) if parts else pooled.new_zeros(0)  # (M,)
-        return (total - math.log(len(self._unit))) / scale
+        return (torch.cat(parts) - math.log(len(self._unit))) / scale
 
     def save(self, folder: Path) -> None:
         """Write the bank beside a head."""

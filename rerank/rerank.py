@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from ..indexing.index import ImageIndex
     from .scorers import Scorer, Scores
 
-QUERIES_AT_ONCE = 64  # bounds the patches held in memory: 64 x 100 candidates are about 80 MB
-LOOKING_AT_ONCE = 8  # the same for pictures: 8 x 100 of PICTURE_SIDE are about 500 MB
+PAIRS_AT_ONCE = 6400  # bounds the patches held in memory: those of so many are about 80 MB
+LOOKING_AT_ONCE = 800  # the same for pictures: so many of PICTURE_SIDE are about 500 MB
 PICTURE_SIDE = 512  # of pictures for scorers that look at them; theirs is 384
 
 FetchPictures = Callable[[Sequence[int]], list["np.ndarray | None"]]
@@ -63,51 +63,83 @@ def rerank(
         ModelError: the scorer gave a NaN.
         UsageError: the scorer looks at pictures and they cannot be fetched.
     """
-
-    def score(
-        text: TextFeatures, ids: list[int], rows: torch.Tensor, coarse: torch.Tensor
-    ) -> Scores:
-        return score_candidates(scorer, text, ids, rows, coarse, fetch_patches, fetch_pictures)
-
-    parts = [
-        _rerank_some(scorer.name, score, _texts(text, some), _candidates(candidates, some))
-        for some in _slices(len(candidates.ids), queries_at_once(scorer))
-    ]
+    queries, n = candidates.ids.shape
+    size = max(1, pairs_at_once(scorer) // max(n, 1))
+    parts = []
+    for at in range(0, queries, size):
+        some = range(at, min(at + size, queries))
+        block = take_candidates(candidates, some)
+        scores, probability = score_candidates(
+            scorer, take_texts(text, some), block.ids, block.scores, fetch_patches, fetch_pictures
+        )
+        parts.append(_sorted(block, scores, probability))
     if not parts:
         return Reranked(candidates.ids, candidates.scores, candidates.scores, candidates.ids, None)
-    probabilities = [part.probability for part in parts if part.probability is not None]
     return Reranked(
         ids=np.concatenate([part.ids for part in parts]),
         scores=np.concatenate([part.scores for part in parts]),
         coarse=np.concatenate([part.coarse for part in parts]),
         coarse_rank=np.concatenate([part.coarse_rank for part in parts]),
-        probability=np.concatenate(probabilities) if probabilities else None,
+        probability=_probabilities(parts),
     )
 
 
 def score_candidates(
     scorer: Scorer,
     text: TextFeatures,
-    ids: Sequence[int],
-    rows: torch.Tensor,
-    coarse: torch.Tensor,
+    ids: np.ndarray,
+    coarse: np.ndarray,
     fetch_patches: Callable[[Sequence[int]], PatchBatch],
     fetch_pictures: FetchPictures | None = None,
-) -> Scores:
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Score pairs, with whatever the scorer looks at: patches, pictures or neither.
+
+    Each picture is fetched once, however many texts have it.
 
     Args:
         scorer: from ``load_scorer``.
         text: Q texts.
-        ids: the M distinct pictures, as the fetching functions know them.
-        rows: (Q, N) long, the place in ``ids`` of each candidate; -1 for none.
-        coarse: (Q, N) float32, cosine similarity; -inf on padding.
+        ids: (Q, N) pictures, as the fetching functions know them; -1 for none.
+        coarse: (Q, N) float32, cosine similarity.
         fetch_patches: called if the scorer needs patches.
         fetch_pictures: called if the scorer looks at pictures.
 
+    Returns:
+        Scores, -inf where there is no picture, and match probabilities, None where the scorer
+        gives none or there is no picture at all; (Q, N) float32 each.
+
     Raises:
+        ModelError: the scorer gave a NaN.
         UsageError: the scorer looks at pictures and they cannot be fetched.
     """
+    padding = ids < 0  # (Q, N)
+    coarse = np.where(padding, -np.inf, coarse).astype(np.float32)  # (Q, N)
+    distinct, inverse = np.unique(ids, return_inverse=True)  # (M or M+1,), (Q*N,)
+    hidden = int(len(distinct) > 0 and distinct[0] < 0)  # the padding id sorts first
+    wanted = distinct[hidden:].tolist()
+    if not wanted:
+        return coarse, None
+    rows = torch.from_numpy(inverse.reshape(ids.shape) - hidden).long()  # (Q, N), -1 on padding
+    rank, match = _ask(
+        scorer, text, wanted, rows, torch.from_numpy(coarse), fetch_patches, fetch_pictures
+    )
+    scores = rank.float().cpu().numpy()  # (Q, N)
+    if np.isnan(scores).any():
+        raise ModelError(f"scorer {scorer.name!r} gave a score that is not a number")
+    scores = np.where(padding, np.float32(-np.inf), scores)  # (Q, N)
+    return scores, None if match is None else match.float().cpu().numpy()  # (Q, N) each
+
+
+def _ask(
+    scorer: Scorer,
+    text: TextFeatures,
+    ids: Sequence[int],
+    rows: torch.Tensor,
+    coarse: torch.Tensor,
+    fetch_patches: Callable[[Sequence[int]], PatchBatch],
+    fetch_pictures: FetchPictures | None,
+) -> Scores:
+    """Score the M distinct pictures ``ids`` where ``rows`` (Q, N), the places in them, say so."""
     if fetch_pictures and isinstance(scorer, ItmScorer):
         return scorer.score_pictures(text.texts, fetch_pictures(ids), rows)
     patches = fetch_patches(ids) if scorer.needs_patches else None
@@ -117,9 +149,27 @@ def score_candidates(
     return scorer.score(text, patches, rows, coarse)
 
 
-def queries_at_once(scorer: Scorer) -> int:
-    """Return how many queries' candidates may be held in memory together."""
-    return LOOKING_AT_ONCE if isinstance(scorer, ItmScorer) else QUERIES_AT_ONCE
+def pairs_at_once(scorer: Scorer) -> int:
+    """Return how many pairs' patches or pictures may be held in memory together."""
+    return LOOKING_AT_ONCE if isinstance(scorer, ItmScorer) else PAIRS_AT_ONCE
+
+
+def take_texts(text: TextFeatures, rows: Sequence[int]) -> TextFeatures:
+    """Return some of the texts, in the order of ``rows``."""
+    some = list(rows)
+    return TextFeatures(
+        tuple(text.texts[row] for row in some),
+        text.pooled[some],
+        text.tokens[some],
+        text.mask[some],
+        tuple(text.words[row] for row in some),
+    )
+
+
+def take_candidates(candidates: Candidates, rows: Sequence[int]) -> Candidates:
+    """Return the candidates of some of the queries, in the order of ``rows``."""
+    some = list(rows)
+    return Candidates(candidates.ids[some], candidates.scores[some])
 
 
 def read_picture(path: Path) -> np.ndarray:
@@ -145,26 +195,9 @@ def read_pictures(index: ImageIndex, ids: Sequence[int]) -> list[np.ndarray | No
     return pictures
 
 
-def _rerank_some(
-    name: str,
-    score: Callable[[TextFeatures, list[int], torch.Tensor, torch.Tensor], Scores],
-    text: TextFeatures,
-    candidates: Candidates,
-) -> Reranked:
-    padding = candidates.ids < 0  # (Q, N)
-    coarse = np.where(padding, -np.inf, candidates.scores).astype(np.float32)  # (Q, N)
-    distinct, inverse = np.unique(candidates.ids, return_inverse=True)  # (M or M+1,), (Q*N,)
-    hidden = int(len(distinct) > 0 and distinct[0] < 0)  # the padding id sorts first
-    rows = inverse.reshape(candidates.ids.shape) - hidden  # (Q, N), -1 on padding
-    wanted = distinct[hidden:].tolist()
-    scores, probability = coarse, None
-    if wanted:
-        rank, match = score(text, wanted, torch.from_numpy(rows).long(), torch.from_numpy(coarse))
-        scores = rank.numpy().astype(np.float32)  # (Q, N)
-        probability = None if match is None else match.numpy().astype(np.float32)  # (Q, N)
-    if np.isnan(scores).any():
-        raise ModelError(f"scorer {name!r} gave a score that is not a number")
-    scores = np.where(padding, -np.inf, scores).astype(np.float32)  # (Q, N)
+def _sorted(candidates: Candidates, scores: np.ndarray, probability: np.ndarray | None) -> Reranked:
+    """Sort candidates by their scores (Q, N); padding, which scores -inf, comes last."""
+    coarse = np.where(candidates.ids < 0, -np.inf, candidates.scores).astype(np.float32)  # (Q, N)
     order = np.lexsort((candidates.ids, -coarse, -scores), axis=1)  # (Q, N)
     coarse_order = np.lexsort((candidates.ids, -coarse), axis=1)  # (Q, N)
     coarse_rank = np.argsort(coarse_order, axis=1)  # (Q, N)
@@ -181,15 +214,15 @@ def _rerank_some(
     )
 
 
-def _slices(queries: int, size: int) -> list[slice]:
-    return [slice(at, at + size) for at in range(0, queries, size)]
-
-
-def _texts(text: TextFeatures, some: slice) -> TextFeatures:
-    return TextFeatures(
-        text.texts[some], text.pooled[some], text.tokens[some], text.mask[some], text.words[some]
+def _probabilities(parts: Sequence[Reranked]) -> np.ndarray | None:
+    """Join those of all blocks (Q, N); a block without candidates has none, and gets NaN."""
+    if all(part.probability is None for part in parts):
+        return None
+    return np.concatenate(
+        [
+            np.full(part.ids.shape, np.nan, np.float32)
+            if part.probability is None
+            else part.probability
+            for part in parts
+        ]
     )
-
-
-def _candidates(candidates: Candidates, some: slice) -> Candidates:
-    return Candidates(candidates.ids[some], candidates.scores[some])

@@ -109,7 +109,7 @@ class HeadScorer:
     """A trained head beside the cosine (see ``Fusion``), and a calibrated probability.
 
     Args:
-        head: in evaluation mode.
+        head: in evaluation mode; moved to the device and its dtype in place, as modules are.
         card: its fusion and calibration.
         device: where to compute. On CUDA the head runs in bfloat16: int8 codes reach 127, and
             their products would leave the range of float16.
@@ -175,11 +175,12 @@ class HeadScorer:
         match = torch.zeros_like(rank)  # (Q, N)
         if len(codes) == 0 or rows.numel() == 0:
             return rank.cpu(), match.cpu()
-        codes = self._to_device(codes)  # (M, P, C)
-        tokens = self._to_device(text.tokens).to(self.dtype)  # (Q, T, C_text)
-        safe = self._to_device(rows.clamp_min(0))  # (Q, N)
+        codes = codes.to(self.device)  # (M, P, C)
+        tokens = text.tokens.to(self.device, self.dtype)  # (Q, T, C_text)
+        safe = rows.clamp_min(0).to(self.device)  # (Q, N)
         room = pictures_at_once(self.device, head.patches_read() * codes.shape[-1])
         for queries, length, columns in _batches(text.mask, rows.shape[1], room):
+            queries = queries.to(self.device)  # (G,)
             said = tokens[queries, :length]  # (G, T, C_text), T = length: no padding
             mask = said.new_ones(said.shape[:2], dtype=torch.bool)  # (G, T)
             output = head.judge(said, mask, codes[safe[queries, columns]])
@@ -200,12 +201,6 @@ class HeadScorer:
         if cells not in self._of_cells:
             self._of_cells[cells] = self.trained.for_grid(cells)
         return self._of_cells[cells], patches.one_per_cell()
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        """Copy without waiting: pinned memory lets CUDA overlap the copy with its work."""
-        if self.device.type == "cuda" and not tensor.is_cuda:
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
 
 
 def _batches(mask: Tensor, candidates: int, room: int) -> Iterator[tuple[Tensor, int, slice]]:
@@ -261,7 +256,7 @@ def load_scorer(
 
     place = Place(encoder, choose_device(str(device) if device else None), folder)
     kind, _, argument = name.partition(":")
-    if kind in REGISTRY and not Path(name).is_dir():
+    if kind in REGISTRY and not (Path(name) / CONFIG).is_file():
         return REGISTRY[kind](argument, place)
     name, rule = _split_rule(name)
     path = _find_head(name, place)
@@ -300,9 +295,14 @@ def _read_part(head: Head, rule: str, name: str) -> None:
 
 
 def default_scorer_name(encoder: EncoderSpec, folder: Path | None = None) -> str:
-    """Return "cross" when a head of that name fits the encoder, else "coarse"."""
-    fits = any(_fits(path, encoder) for path in _folders_of("cross", folder))
-    return "cross" if fits else "coarse"
+    """Return "cross" when a head of that name fits the encoder and can be read, else "coarse"."""
+    for path in _folders_of("cross", folder):
+        try:
+            if _fits(path, encoder):
+                return "cross"
+        except ModelError:
+            break  # damaged: by its name it would be an error, whatever comes after it
+    return "coarse"
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,7 @@ class ScorerInfo:
 def list_scorers(
     encoder: EncoderSpec | None = None, folder: Path | None = None
 ) -> list[ScorerInfo]:
-    """List the registered scorers, then the heads that ship and those of an index."""
+    """List the registered scorers, then an index's heads and those that ship, if readable."""
     infos = [
         ScorerInfo("coarse", "nothing", True, {}),
         ScorerInfo("late", "text-aligned patches", _aligned(encoder), {}),
@@ -326,7 +326,10 @@ def list_scorers(
     ]
     for root in filter(None, (folder, SHIPPED)):
         for config in sorted(root.glob(f"*/{CONFIG}")):
-            _, card = read_card(config.parent)
+            try:
+                _, card = read_card(config.parent)
+            except ModelError:
+                continue  # damaged: one head must not hide the others
             fits = encoder is None or _fits(config.parent, encoder)
             infos.append(ScorerInfo(card.name, "patches of its own encoder", fits, card.figures))
     return infos

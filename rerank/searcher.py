@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core.errors import BadIndex, InputError, MmsearchError, UsageError
-from .rerank import read_pictures, rerank
+from .rerank import Reranked, read_pictures, rerank, take_candidates, take_texts
 from .scorers import default_scorer_name, load_scorer
 
 if TYPE_CHECKING:
     import torch
 
-    from ..core.types import ImageRecord, PatchBatch
+    from ..core.types import Candidates, ImageRecord, PatchBatch, TextFeatures
     from ..indexing.encoder import Encoder, TextEncoder
     from ..indexing.filters import Filters
     from ..indexing.index import ImageIndex
@@ -42,7 +42,8 @@ class Query:
     """What to look for: words, pictures, or both; and what to steer away from.
 
     The coarse query is the normalised sum of the normalised parts: text, ``image_weight`` times
-    the mean picture, less ``minus_weight`` times each thing unwanted.
+    the mean picture, less ``minus_weight`` times each thing unwanted. Only words alone have match
+    probabilities: those are calibrated on cosines of texts with pictures.
     """
 
     text: str = ""
@@ -50,6 +51,11 @@ class Query:
     minus: tuple[str, ...] = ()
     image_weight: float = 1.0
     minus_weight: float = 0.5
+
+    @property
+    def words_alone(self) -> bool:
+        """Whether nothing but words says what to look for."""
+        return not (self.images or self.minus)
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Hit:
     rank: int  # from 1
     record: ImageRecord
     score: float  # the scorer's, comparable within one query only
-    probability: float | None  # calibrated match probability, where the scorer has one
+    probability: float | None  # calibrated match probability, where scorer and query have one
     coarse_score: float  # cosine of the pooled vectors
     coarse_rank: int  # from 1
 
@@ -136,7 +142,8 @@ class Searcher:
 
         Raises:
             BadIndex: the index is empty.
-            UsageError: an empty query, or ``min_score`` with a scorer that gives no probability.
+            UsageError: a query that is empty or no valid text, or ``min_score`` with a query or
+                a scorer that gives no probability.
             InputError: a picture of a query cannot be read.
         """
         if len(self.index) == 0:
@@ -144,8 +151,7 @@ class Searcher:
                 f"the index in {self.index.path} holds no pictures", "Run: mmsearch index FOLDER"
             )
         for query in queries:
-            if not (query.text.strip() or query.images):
-                raise UsageError("the query is empty", "Give some words, or --image FILE.")
+            _refuse_unanswerable(query, min_score)
         text = self.text_encoder.encode_texts(
             [query.text.strip() or "a photo" for query in queries]
         )
@@ -154,17 +160,22 @@ class Searcher:
         found = self.index.search(
             pooled.cpu().numpy(), max(k, candidates), folder=folder, filters=filters
         )
-        # A query without words has nothing for the cross-attention to attend with.
-        wordless = all(not query.text.strip() for query in queries)
-        scorer = load_scorer("coarse", self._spec) if wordless else self.scorer
-        pictures = functools.partial(read_pictures, self.index)
-        ranked = rerank(scorer, text, found, self._patches, pictures)
-        if min_score is not None and ranked.probability is None:
-            raise UsageError(
-                f"--min-score needs a match probability, and scorer {scorer.name!r} gives none",
-                "Use a trained scorer (see `mmsearch models --scorers`).",
-            )
-        return [self._hits(ranked, row, k, min_score) for row in range(len(queries))]
+        worded = [row for row, query in enumerate(queries) if query.text.strip()]
+        wordless = [row for row, query in enumerate(queries) if not query.text.strip()]
+        hits: dict[int, list[Hit]] = {}
+        for rows in filter(None, (worded, wordless)):
+            # A query without words has nothing for the cross-attention to attend with.
+            scorer = self.scorer if rows is worded else load_scorer("coarse", self._spec)
+            ranked = self._rerank(scorer, text, found, rows)
+            no_probability = ranked.probability is None and (ranked.ids >= 0).any()
+            if min_score is not None and no_probability:
+                raise UsageError(
+                    f"--min-score needs a match probability, and scorer {scorer.name!r} gives none",
+                    "Use a trained scorer (see `mmsearch models --scorers`).",
+                )
+            for at, row in enumerate(rows):
+                hits[row] = self._hits(queries[row], ranked, at, k, min_score)
+        return [hits[row] for row in range(len(queries))]
 
     def require_attention(self) -> None:
         """Refuse, before any search, a scorer whose hits ``show`` cannot explain.
@@ -191,6 +202,15 @@ class Searcher:
         if pixels is None:
             return None
         return show(self.image_encoder, self.scorer, Path(record.path).name, pixels, text)
+
+    def _rerank(
+        self, scorer: Scorer, text: TextFeatures, found: Candidates, rows: Sequence[int]
+    ) -> Reranked:
+        """Order the candidates of some of the queries, those of ``rows``."""
+        pictures = functools.partial(read_pictures, self.index)
+        return rerank(
+            scorer, take_texts(text, rows), take_candidates(found, rows), self._patches, pictures
+        )
 
     def _patches(self, ids: Sequence[int]) -> PatchBatch:
         """Read patches; those that the shards lack are computed from the picture if it is there."""
@@ -246,9 +266,11 @@ class Searcher:
         except (OSError, MmsearchError):
             return None
 
-    def _hits(self, ranked, row: int, k: int, min_score: float | None) -> list[Hit]:
+    def _hits(
+        self, query: Query, ranked: Reranked, row: int, k: int, min_score: float | None
+    ) -> list[Hit]:
         places = [at for at, id_ in enumerate(ranked.ids[row]) if id_ >= 0]
-        probability = ranked.probability
+        probability = ranked.probability if query.words_alone else None  # (Q, N)
         if min_score is not None and probability is not None:
             places = [at for at in places if probability[row, at] >= min_score]
         places = places[:k]
@@ -273,15 +295,23 @@ class Searcher:
         import torch
         import torch.nn.functional as F
 
+        # A batch often shares its pictures and what is unwanted: each is encoded once.
+        @functools.cache
+        def mean_picture(images: tuple[Path | bytes, ...]) -> torch.Tensor:
+            return F.normalize(self._encode_pictures(images).mean(0), dim=0)  # (D,)
+
+        @functools.cache
+        def unwanted(minus: tuple[str, ...]) -> torch.Tensor:
+            return self.text_encoder.encode_texts(minus).pooled.sum(0)  # (D,)
+
         rows = []
         for query, word in zip(queries, words, strict=True):
             mixed = word if query.text.strip() else torch.zeros_like(word)  # (D,)
             if query.images:
-                pictures = self._encode_pictures(query.images).to(word.device)  # (I, D)
-                mixed = mixed + query.image_weight * F.normalize(pictures.mean(0), dim=0)  # (D,)
+                picture = mean_picture(tuple(query.images)).to(word.device)  # (D,)
+                mixed = mixed + query.image_weight * picture  # (D,)
             if query.minus:
-                unwanted = self.text_encoder.encode_texts(query.minus).pooled  # (U, D)
-                mixed = mixed - query.minus_weight * unwanted.sum(0)  # (D,)
+                mixed = mixed - query.minus_weight * unwanted(tuple(query.minus))  # (D,)
             if float(mixed.norm()) < 1e-6:
                 raise UsageError(
                     "the parts of the query cancel each other out", "Leave out --minus."
@@ -302,3 +332,22 @@ class Searcher:
                     f"cannot read {name}: {error}", "Give a picture file or an http(s) URL."
                 ) from error
         return self.image_encoder.encode_images(np.stack(pixels)).pooled  # (I, D)
+
+
+def _refuse_unanswerable(query: Query, min_score: float | None) -> None:
+    """Refuse a query that no search can answer.
+
+    Raises:
+        UsageError: it is empty, no valid text, or asks for probabilities that it has none of.
+    """
+    if not (query.text.strip() or query.images):
+        raise UsageError("the query is empty", "Give some words, or --image FILE.")
+    try:
+        " ".join([query.text, *query.minus]).encode()
+    except UnicodeEncodeError as error:  # bytes of a command line come as lone surrogates
+        raise UsageError("the query is not valid UTF-8 text", "Type it anew.") from error
+    if min_score is not None and not query.words_alone:
+        raise UsageError(
+            "--min-score needs a match probability, and only words alone have one",
+            "Leave out --min-score, or --image and --minus.",
+        )

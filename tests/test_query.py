@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from mmsearch.core.errors import UsageError
+from mmsearch.indexing.index import ImageIndex
+from mmsearch.rerank.searcher import Query, Searcher
 from PIL import Image
 
 from .photos import PHOTOGRAPHS, copy_photographs
@@ -35,6 +38,13 @@ def index(tmp_path_factory, photos) -> Path:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{len(PHOTOGRAPHS)} added")
     return folder
+
+
+@pytest.fixture
+def searcher(index):
+    """The same index as opened in Python, with the head that is taken by default."""
+    with ImageIndex.open(index) as opened:
+        yield Searcher(opened)
 
 
 def run(*arguments: str, index: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -119,6 +129,96 @@ def test_minus_steers_away(index, photos):
     assert score(steered) < score(plain)
 
 
+def shown(hits):
+    return [(hit.record.path, round(hit.score, 4), hit.probability) for hit in hits]
+
+
+def test_a_querys_answer_does_not_depend_on_its_batch(searcher, photos):
+    words, picture = Query("a cat"), Query(images=(photos / "coffee.png",))
+    first, second, third = searcher.search([picture, words, picture], k=5)
+    assert shown(first) == shown(third) == shown(searcher.search([picture], k=5)[0])
+    assert [hit.coarse_rank for hit in first] == [1, 2, 3, 4, 5]
+    (alone,) = searcher.search([words], k=5)
+    assert [hit.record.path for hit in second] == [hit.record.path for hit in alone]
+    assert all(hit.probability is not None for hit in second)
+
+
+def test_only_words_alone_have_a_probability(searcher, photos):
+    like = (photos / "cat.png",)
+    mixed = [Query("a cat", like), Query("a cat", minus=("a dog",)), Query(images=like)]
+    for hits in searcher.search(mixed, k=3):
+        assert [hit.probability for hit in hits] == [None] * 3
+    for query in mixed:
+        with pytest.raises(UsageError, match="only words alone"):
+            searcher.search([Query("a cat"), query], min_score=0.1)
+
+
+def test_no_probability_is_null(index):
+    asked = ["query", "a cat", "--minus", "a dog", "-k", "1", "--json"]
+    (result,) = json.loads(run(*asked, index=index).stdout)
+    assert result["hits"][0]["probability"] is None
+
+
+def test_what_a_batch_shares_is_encoded_once(searcher, photos, monkeypatch):
+    texts, pictures = [], []
+    encode_texts, encode = searcher.text_encoder.encode_texts, searcher._encode_pictures
+    monkeypatch.setattr(
+        searcher.text_encoder, "encode_texts", lambda t: texts.append(t) or encode_texts(t)
+    )
+    monkeypatch.setattr(searcher, "_encode_pictures", lambda p: pictures.append(p) or encode(p))
+    like, minus = (photos / "cat.png",), ("a dog",)
+    searcher.search([Query(words, like, minus) for words in ("sleeping", "playing", "eating")])
+    assert texts == [["sleeping", "playing", "eating"], minus]
+    assert pictures == [like]
+
+
+def test_where_nothing_is_left_no_probability_is_missed(index):
+    asked = ["query", "coffee", "--where", "width > 999999", "--min-score", "0.5"]
+    done = run(*asked, index=index)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "nothing found" in done.stderr
+    scored = run("query", "coffee", "--no-rerank", "--min-score", "0.5", index=index)
+    assert scored.returncode == 2
+    assert "scorer 'coarse' gives none" in scored.stderr
+
+
+@pytest.mark.parametrize("asked", [["caf\udce9"], ["a cat", "--minus", "caf\udce9"]])
+def test_words_that_are_no_text_are_refused(index, asked):
+    done = run("query", *asked, index=index)
+    assert done.returncode == 2
+    assert "not valid UTF-8" in done.stderr
+
+
+def test_a_line_that_is_no_text_does_not_end_the_conversation(index):
+    command = [sys.executable, "-m", "mmsearch.cli", "query", "-i", "-k", "1", "--paths"]
+    done = subprocess.run(
+        [*command, "--index", str(index)],
+        capture_output=True,
+        input=b"caf\xe9\na cat\n",
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"},
+        timeout=120,
+    )
+    assert done.returncode == 0
+    assert b"not valid UTF-8" in done.stderr
+    assert done.stdout.strip().endswith(b"cat.png")
+
+
+def test_a_query_of_no_visible_letter_is_answered(searcher):
+    (hits,) = searcher.search([Query("\u200b")], k=3)
+    assert len(hits) == 3
+
+
+def test_in_finds_what_was_indexed_through_a_symlink(photos, tmp_path):
+    (tmp_path / "real").mkdir()
+    shutil.copy(photos / "cat.png", tmp_path / "real" / "cat.png")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "real")
+    place = tmp_path / "index"
+    assert run("index", str(link), "--model", "bundled", index=place).returncode == 0
+    done = run("query", "a cat", "--in", str(link), "--paths", index=place)
+    assert done.stdout == f"{link / 'cat.png'}\n"
+
+
 def test_in_restricts_to_a_folder(index, photos, tmp_path):
     inside = run("query", "a cat", "--in", str(photos), "--paths", index=index)
     assert len(inside.stdout.splitlines()) == 10
@@ -201,6 +301,7 @@ def test_interactive_answers_line_by_line_and_survives_a_bad_line(index):
         (["a cat", "--where", "widht > 3"], 2, "did you mean width?"),
         (["a cat", "--explain-dir", "o", "--no-rerank"], 2, "'coarse' has no attention to show"),
         (["-i", "--explain-dir", "o"], 2, "--explain-dir explains one TEXT"),
+        (["a cat", "--minus", "dog", "--min-score", "0.5"], 2, "only words alone have one"),
         (["a cat", "--in", "/no/such/folder"], 4, "no such folder: /no/such/folder"),
         (["--file", "/no/queries.txt"], 4, "cannot read /no/queries.txt"),
     ],

@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmsearch.core.errors import ModelError, UsageError
 from mmsearch.core.types import Candidates, Grid, PatchBatch, TextFeatures
+from mmsearch.evaluation.rescoring import score_images, score_texts
+from mmsearch.rerank import rerank as reranking
 from mmsearch.rerank import scorers
 from mmsearch.rerank.checkpoint import Calibration, Fusion, HeadCard, load_head, save_head
 from mmsearch.rerank.heads import HeadConfig, build_head
@@ -132,6 +134,26 @@ def test_unknown_names_list_the_known_ones(heads):
     assert "cross" in caught.value.hint
     with pytest.raises(ModelError):
         load_scorer("no/such/folder", ENCODER, device="cpu")
+
+
+def test_a_folder_that_holds_no_head_hides_no_scorer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "coarse").mkdir()
+    assert load_scorer("coarse", ENCODER, device="cpu").name == "coarse"
+    save_head(tmp_path / "coarse", make_head(), make_card("mine"))
+    assert load_scorer("coarse", ENCODER, device="cpu").name == "mine"
+
+
+def test_a_damaged_head_hides_no_other(heads):
+    save_head(heads / "fine", make_head(), make_card("fine"))
+    (heads / "cross" / "config.json").write_text("{")
+    names = {info.name for info in list_scorers(ENCODER, heads)}
+    assert "fine" in names and "cross" not in names
+    assert default_scorer_name(ENCODER, heads) == "coarse"
+    with pytest.raises(UsageError, match="unknown scorer 'crss'"):
+        load_scorer("crss", ENCODER, device="cpu", folder=heads)
+    with pytest.raises(ModelError, match="no readable head"):
+        load_scorer("cross", ENCODER, device="cpu", folder=heads)
 
 
 def test_cells_of_one_vector_are_judged_once(monkeypatch):
@@ -315,3 +337,64 @@ def test_a_nan_is_an_error_never_an_order():
     candidates = Candidates(np.array([[0]]), np.array([[0.5]], np.float32))
     with pytest.raises(ModelError, match="not a number"):
         rerank(Given([float("nan")]), make_text(1), candidates, fetch)
+
+
+def test_a_block_without_candidates_has_probabilities_of_its_own_shape(monkeypatch):
+    monkeypatch.setattr(reranking, "PAIRS_AT_ONCE", 6)  # two queries a block
+    ids = np.array([[-1, -1, -1]] * 2 + [[1, 0, -1], [2, -1, -1]])
+    scores = np.where(ids < 0, -np.inf, 0.5).astype(np.float32)
+    result = rerank(Given([1.0, 2.0, 3.0]), make_text(4), Candidates(ids, scores), fetch)
+    assert result.probability is not None
+    assert result.probability.shape == result.ids.shape
+    assert np.isnan(result.probability[:2]).all()
+    assert not np.isnan(result.probability[2:][result.ids[2:] >= 0]).any()
+
+
+class Counting(Given):
+    """Notes how many pairs it is asked about at once."""
+
+    def __init__(self, scores):
+        super().__init__(scores)
+        self.pairs = []
+
+    def score(self, text, patches, rows, coarse):
+        assert len(text.texts) == len(rows)
+        self.pairs.append(rows.numel())
+        return super().score(text, patches, rows, coarse)
+
+
+@pytest.mark.parametrize(("n", "pairs"), [(2, [10, 4]), (5, [10, 10, 10, 5]), (11, [11] * 7)])
+def test_pairs_held_together_are_bounded_however_many_candidates(monkeypatch, n, pairs):
+    monkeypatch.setattr(reranking, "PAIRS_AT_ONCE", 10)
+    rng = np.random.default_rng(0)
+    ids = np.stack([rng.permutation(20)[:n] for _ in range(7)])
+    coarse = np.zeros(ids.shape, np.float32)
+    scorer = Counting(np.arange(20.0))
+    result = rerank(scorer, make_text(7), Candidates(ids, coarse), fetch)
+    assert scorer.pairs == pairs
+    assert (result.ids == -np.sort(-ids, axis=1)).all()
+
+    scorer = Counting(np.arange(20.0))
+    texts = SimpleNamespace(take=lambda rows: make_text(len(rows)))
+    gallery = SimpleNamespace(fetch=fetch, pictures=None)
+    scores = score_images(
+        scorer, texts, np.arange(7), SimpleNamespace(order=ids, scores=coarse), n, gallery
+    )
+    assert scorer.pairs == pairs
+    assert (scores == ids).all()
+
+
+def test_texts_wanted_by_many_pictures_are_asked_in_bounded_blocks(monkeypatch):
+    monkeypatch.setattr(reranking, "PAIRS_AT_ONCE", 12)
+    rng = np.random.default_rng(0)
+    order = np.stack([rng.permutation(9)[:4] for _ in range(15)])  # of 9 texts, 4 a picture
+    order[:, 0] = 0  # this one is wanted by all 15
+    order[:, 1:] = np.where(order[:, 1:] == 0, 8, order[:, 1:])
+    coarse = SimpleNamespace(order=order, scores=np.zeros(order.shape, np.float32))
+    scorer = Counting(np.arange(15.0))
+    texts = SimpleNamespace(take=lambda rows: make_text(len(rows)))
+    gallery = SimpleNamespace(fetch=fetch, pictures=None)
+    scores = score_texts(scorer, texts, np.arange(15), coarse, 4, gallery)
+    assert (scores == np.arange(15)[:, None]).all()
+    assert max(scorer.pairs) == 15  # one text alone; all others within the bound
+    assert sorted(scorer.pairs)[-2] <= 12
