@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from mmsearch.core.types import PatchBatch
 from mmsearch.indexing.encoder import load_encoder
 from mmsearch.rerank.explain import Explanation, explain
 from mmsearch.rerank.late import LateScorer
@@ -51,7 +51,7 @@ def play(encoder, scorer: Scorer, collages: list[Collage], by: str) -> dict[str,
     named, other, chance = [], [], []
     for row, collage in enumerate(collages):
         one = slice(row, row + 1)
-        image = replace(images, pooled=images.pooled[one], patches=images.patches[one])
+        image = PatchBatch(images.patches[one], None, images.grid, pooled=images.pooled[one])
         for thing, rest in (collage.things, collage.things[::-1]):
             text = encoder.encode_texts([f"a photo of a {thing.name}"])
             point = peak(explain(scorer, text, image), thing.name.split()[-1], by)

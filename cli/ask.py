@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from ..core.errors import UsageError
-from .explain import open_viewer
+from .explain import open_viewer, writing
 from .options import DeviceOption, IndexOption, QuietOption
 from .output import print_line, say, stdout
 
@@ -66,7 +67,8 @@ def ask(
         print_line(json.dumps({"answer": named[order[0]], "answers": answers}))
     else:
         for at in order:
-            stdout.print(f"{shares[at]:6.1%}  {named[at]:<16} [dim]{captions[at]}[/]")
+            answer, caption = escape(f"{named[at]:<16}"), escape(captions[at])
+            stdout.print(f"{shares[at]:6.1%}  {answer} [dim]{caption}[/]")
     shown = viewer.show(image, captions[order[0]])
     peak = divmod(int(shown.explanation.whole.argmax()), shown.explanation.whole.shape[1])
     say(
@@ -77,5 +79,5 @@ def ask(
     if png:
         from ..rerank.sheets import write_sheet
 
-        write_sheet(png, [shown], f"{question}  {named[order[0]]}")
-        say(f"wrote {png}", quiet=quiet)
+        with writing(png, quiet=quiet):
+            write_sheet(png, [shown], f"{question}  {named[order[0]]}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -67,19 +70,31 @@ def explain(
 
     viewer = open_viewer(index, scorer, device)
     shown = [viewer.show(path, text) for path in ([image, compare] if compare else [image])]
+    attention, _ = sheets.scales(shown)
     for each in shown:
-        _print_maps(each, *sheets.scales(shown))
+        _print_maps(each, attention)
     if compare:
         _print_comparison(shown[0], shown[1])
-    try:
-        if png:
+    if png:
+        with writing(png, quiet=quiet):
             sheets.write_sheet(png, shown, text)
-            say(f"wrote {png}", quiet=quiet)
-        if html:
+    if html:
+        with writing(html, quiet=quiet):
             html.write_text(sheets.html_page(shown, text), encoding="utf-8")
-            say(f"wrote {html}", quiet=quiet)
+
+
+@contextlib.contextmanager
+def writing(path: Path, *, quiet: bool) -> Iterator[None]:
+    """Say that a file was written.
+
+    Raises:
+        StorageError: it cannot be.
+    """
+    try:
+        yield
     except OSError as error:
-        raise StorageError(f"cannot write {error.filename}: {error.strerror}") from error
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+    say(f"wrote {path}", quiet=quiet)
 
 
 def open_viewer(index: Path | None, scorer: str | None, device: str) -> Viewer:
@@ -91,16 +106,18 @@ def open_viewer(index: Path | None, scorer: str | None, device: str) -> Viewer:
     folder = index_dir(index)
     if index is None and not (folder / "manifest.json").exists():
         return Viewer(load_encoder("bundled", device=device), scorer)
-    return Viewer(encoder_for(Manifest.read(folder).encoder, device), scorer, folder / "heads")
+    manifest = Manifest.read(folder)
+    encoder = encoder_for(manifest.encoder, device)
+    return Viewer(encoder, scorer, folder / "heads", manifest.row_format)
 
 
-def _print_maps(shown: Shown, attention: float, worth: float) -> None:
+def _print_maps(shown: Shown, attention: float) -> None:
     """A terminal's view: one small map a word, with its weight and its share of the score."""
     explanation = shown.explanation
     match = explanation.probability
     verdict = "" if match is None else f", match {match:.0%}"
     stdout.print(
-        f"[bold]{shown.name}[/]  score {explanation.score:.3f}, "
+        f"[bold]{escape(shown.name)}[/]  score {explanation.score:.3f}, "
         f"cosine {explanation.cosine:.3f}{verdict}"
     )
     table = Table(box=None, pad_edge=False)
@@ -115,7 +132,7 @@ def _print_maps(shown: Shown, attention: float, worth: float) -> None:
             if stdout.is_terminal
             else _name_peak(explanation.maps[at])
         )
-        table.add_row(word, f"{explanation.word_weights[at]:.0%}", added, picture)
+        table.add_row(escape(word), f"{explanation.word_weights[at]:.0%}", added, picture)
     stdout.print(table)
     row, column = divmod(int(explanation.contributions.argmax()), explanation.whole.shape[1])
     low = divmod(int(explanation.contributions.argmin()), explanation.whole.shape[1])
@@ -155,14 +172,14 @@ def _print_comparison(first: Shown, second: Shown) -> None:
     a, b = first.explanation, second.explanation
     ahead, behind = (first, second) if a.score >= b.score else (second, first)
     stdout.print(
-        f"[bold]{ahead.name}[/] is ahead of {behind.name} by "
+        f"[bold]{escape(ahead.name)}[/] is ahead of {escape(behind.name)} by "
         f"{ahead.explanation.score - behind.explanation.score:.3f}"
     )
     if a.word_shares is None or b.word_shares is None:
         return
     sign = 1 if ahead is first else -1
     words = sign * (a.word_shares - b.word_shares)  # (words,)
-    rest = abs(a.score - b.score) - float(words.sum())
-    parts = [*zip(words.tolist(), a.words, strict=True), (rest, "(the whole picture: cosine)")]
+    terms = [(sign * (a.terms[name] - b.terms[name]), f"({name})") for name in a.terms]
+    parts = [*zip(words.tolist(), a.words, strict=True), *(each for each in terms if each[0])]
     for value, word in sorted(parts, key=lambda part: -abs(part[0])):
-        stdout.print(f"  {value:+.3f}  {word}")
+        stdout.print(f"  {value:+.3f}  {escape(word)}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..rerank.rerank import pairs_at_once, score_candidates
+from ..rerank.rerank import TEXTS_AT_ONCE, pairs_at_once, queries_at_once, score_candidates
 from .gallery import Gallery
 from .ranking import Ranking
 from .texts import TextBank
@@ -46,7 +46,7 @@ def score_images(
         (Q, n) float32.
     """
     scores = np.empty((len(queries), n), dtype=np.float32)
-    for part in _blocks(len(queries), max(1, pairs_at_once(scorer) // max(n, 1))):
+    for part in _blocks(len(queries), queries_at_once(scorer, n)):
         images, cosines = coarse.order[part, :n], coarse.scores[part, :n]  # (B, n) each
         scores[part] = _score(scorer, texts, queries[part], images, cosines, gallery)
         if on_block:
@@ -110,7 +110,7 @@ def _blocks_of_pairs(counts: np.ndarray, most: int) -> Iterator[slice]:
     at = 0
     while at < len(counts):
         padded = counts[at:] * np.arange(1, len(counts) - at + 1)  # (U - at,) pairs of the block
-        size = max(1, int(np.searchsorted(padded, most, side="right")))
+        size = max(1, int(np.searchsorted(padded[:TEXTS_AT_ONCE], most, side="right")))
         yield slice(at, at + size)
         at += size
 

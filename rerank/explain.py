@@ -3,7 +3,8 @@
     maps            (words, h, w) where each word looks, each summing to one
     whole           (h, w)        the same, weighted as the head pools the words
     contributions   (h, w)        what each patch is worth to the score
-    word_shares     (words,)      what each word adds to the rank term; with its bias, the sum is it
+    word_shares     (words,)      what each word adds to the score
+    terms                         what else is in the score: with the words' shares, the sum is it
 
 A patch's worth is exact where the form of the scorer allows it. The training-free scorer is a sum
 over patches. For a cross head it is the change in the rank term when the patch is hidden, found by
@@ -13,7 +14,8 @@ term with respect to a bias on all attention logits of the patch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +29,7 @@ from .late import NEUTRAL, LateScorer, looked_for
 from .scorers import HeadScorer, Scorer
 
 if TYPE_CHECKING:
-    from ..core.types import Grid, ImageFeatures, TextFeatures
+    from ..core.types import Grid, PatchBatch, TextFeatures
 
 HIDEABLE = 256
 SPECIAL = frozenset({"[CLS]", "[SEP]", "<start_of_text>", "<end_of_text>", "<s>", "</s>"})
@@ -47,6 +49,7 @@ class Explanation:
     cosine: float
     score: float  # the scorer's, as in a query
     probability: float | None
+    terms: dict[str, float] = field(default_factory=dict)  # "cosine", "popularity", ...
 
     def peak(self, word: str) -> tuple[float, float]:
         """Return where a word looks most, as (x, y) shares of width and height."""
@@ -55,13 +58,15 @@ class Explanation:
         return (float(column) + 0.5) / each.shape[1], (float(row) + 0.5) / each.shape[0]
 
 
-def explain(scorer: Scorer, text: TextFeatures, image: ImageFeatures) -> Explanation:
-    """Explain the score of one text (Q = 1) for one picture (N = 1).
+def explain(scorer: Scorer, text: TextFeatures, image: PatchBatch) -> Explanation:
+    """Explain the score of one text (Q = 1) for one picture (M = 1), with its pooled vector.
 
     Raises:
-        UsageError: the scorer has no attention to show.
+        UsageError: the scorer has no attention to show, or the text no words.
     """
     require_attention(scorer)
+    if not merge_pieces(text.words[0])[0]:
+        raise UsageError("the text has no words to look for", "Give some words.")
     if isinstance(scorer, HeadScorer):
         return _explain_head(scorer, text, image)
     assert isinstance(scorer, LateScorer)
@@ -129,40 +134,49 @@ def looks(head: Head, tokens: Tensor, mask: Tensor, patches: Tensor) -> Tensor:
     return torch.stack(seen).mean(dim=(0, 3))  # (G, N, T, P)
 
 
-def _explain_head(scorer: HeadScorer, text: TextFeatures, image: ImageFeatures) -> Explanation:
-    head = scorer.head
+def _explain_head(scorer: HeadScorer, text: TextFeatures, image: PatchBatch) -> Explanation:
+    head, codes = scorer.without_repeats(image)  # codes (1, P, C)
+    grid = head.config.grid
+    if scorer.dtype != torch.float32:  # what a patch is worth is a small difference of scores
+        head = copy.deepcopy(head).float()
+    assert image.pooled is not None
+    fusion = scorer.card.fusion
     length = int(text.mask[0].sum())
     parameters = next(head.parameters())
     tokens = text.tokens[:1, :length].to(parameters)  # (1, T, C_text)
     mask = torch.ones(1, length, dtype=torch.bool, device=tokens.device)  # (1, T)
-    patches = image.patches[:1].to(parameters).clone().unsqueeze(0)  # (1, 1, P, C)
+    patches = codes[:1].to(parameters).clone().unsqueeze(0)  # (1, 1, P, C)
+    words, groups = merge_pieces(text.words[0][:length])
     with torch.no_grad():
         maps = looks(head, tokens, mask, patches)[0, 0]  # (T, P)
         context = head.context(tokens, mask, patches)
-        states = head.out_norm(head.states(tokens, mask, context))  # (1, 1, T, W)
-        output = head.read(head.states(tokens, mask, context), mask)
-        shares = output.token_weights[0, 0] * head.rank(states)[0, 0, :, 0]  # (T,)
+        states = head.states(tokens, mask, context)  # (1, 1, T, W)
+        weights = head.read(states, mask).token_weights[0, 0]  # (T,)
+        shares = weights * head.rank(head.out_norm(states))[0, 0, :, 0]  # (T,)
+        shares = fusion.weight * shares  # (T,)
     if isinstance(head, CrossHead) and patches.shape[2] <= HIDEABLE:
         worth, method = _by_hiding(head, tokens, mask, patches), "hiding"
     else:
         worth, method = _by_gradient(head, tokens, mask, patches), "gradient"
     cosine = (text.pooled[:1] @ image.pooled[:1].to(text.pooled).T).cpu()  # (1, 1)
-    scores = scorer.score(text, _as_batch(image), torch.zeros(1, 1, dtype=torch.long), cosine)
-    weights = output.token_weights[0, 0]  # (T,)
-    words, groups = merge_pieces(text.words[0][:length])
+    scores = scorer.score(text, image, torch.zeros(1, 1, dtype=torch.long), cosine)
+    by_word = np.array([float(shares[each].sum()) for each in groups])  # (words,)
     return Explanation(
         words=words,
-        maps=_grid(torch.stack([_mean(maps, weights, each) for each in groups]), image.grid),
+        maps=_grid(torch.stack([_mean(maps, weights, each) for each in groups]), grid),
         word_weights=np.array([float(weights[each].sum()) for each in groups]),
-        word_shares=np.array(
-            [scorer.card.fusion.weight * float(shares[each].sum()) for each in groups]
-        ),
-        whole=_grid(weights @ maps, image.grid),
-        contributions=_grid(scorer.card.fusion.weight * worth, image.grid),
+        word_shares=by_word,
+        whole=_grid(weights @ maps, grid),
+        contributions=_grid(fusion.weight * worth, grid),
         method=method,
         cosine=float(cosine),
         score=float(scores.rank),
         probability=None if scores.probability is None else float(scores.probability),
+        terms={
+            "cosine": fusion.scale * float(cosine),
+            "popularity": -float(scorer.held_back(image.pooled)),
+            "marks of the text's ends": float(shares.sum()) - float(by_word.sum()),
+        },
     )
 
 
@@ -203,12 +217,13 @@ def _by_gradient(head: Head, tokens: Tensor, mask: Tensor, patches: Tensor) -> T
     return worth[0, 0].float().cpu()
 
 
-def _explain_late(scorer: LateScorer, text: TextFeatures, image: ImageFeatures) -> Explanation:
+def _explain_late(scorer: LateScorer, text: TextFeatures, image: PatchBatch) -> Explanation:
+    assert image.pooled is not None
     sentence = text.texts[0]
     phrases = looked_for(sentence)
     vectors = scorer.vectors([sentence])
     said = torch.stack([vectors[each] for each in phrases])  # (F, D)
-    sight = scorer.look(said, vectors[NEUTRAL], image.patches[:1].to(said))
+    sight = scorer.look(said, vectors[NEUTRAL], image.codes[:1].to(said))
     maps = sight.weights[:, 0].cpu()  # (F, P)
     shares = (sight.weights * sight.evidence).sum(-1)[:, 0].cpu() / len(phrases)  # (F,)
     cosine = float((text.pooled[:1] @ image.pooled[:1].to(text.pooled).T).cpu())
@@ -224,6 +239,7 @@ def _explain_late(scorer: LateScorer, text: TextFeatures, image: ImageFeatures) 
         cosine=cosine,
         score=cosine + scorer.weight * float(worth.sum()),
         probability=None,
+        terms={"cosine": cosine},
     )
 
 
@@ -263,9 +279,3 @@ def _mean(maps: Tensor, weights: Tensor, group: list[int]) -> Tensor:
 def _grid(maps: Tensor, grid: Grid) -> np.ndarray:
     """(..., P) -> (..., h, w)."""
     return maps.detach().float().cpu().unflatten(-1, tuple(grid)).numpy()
-
-
-def _as_batch(image: ImageFeatures):
-    from ..core.types import PatchBatch
-
-    return PatchBatch(image.patches[:1], None, image.grid, pooled=image.pooled[:1])

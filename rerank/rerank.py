@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .scorers import Scorer, Scores
 
 PAIRS_AT_ONCE = 6400  # bounds the patches held in memory: those of so many are about 80 MB
+TEXTS_AT_ONCE = 256  # and their tokens
 LOOKING_AT_ONCE = 800  # the same for pictures: so many of PICTURE_SIDE are about 500 MB
 PICTURE_SIDE = 512  # of pictures for scorers that look at them; theirs is 384
 
@@ -64,7 +65,7 @@ def rerank(
         UsageError: the scorer looks at pictures and they cannot be fetched.
     """
     queries, n = candidates.ids.shape
-    size = max(1, pairs_at_once(scorer) // max(n, 1))
+    size = queries_at_once(scorer, n)
     parts = []
     for at in range(0, queries, size):
         some = range(at, min(at + size, queries))
@@ -147,6 +148,11 @@ def _ask(
         there = patches.present[rows.clamp_min(0)] & (rows >= 0)  # (Q, N)
         rows = rows.masked_fill(~there, -1)  # (Q, N)
     return scorer.score(text, patches, rows, coarse)
+
+
+def queries_at_once(scorer: Scorer, candidates: int) -> int:
+    """Return how many queries of so many candidates to score together."""
+    return min(TEXTS_AT_ONCE, max(1, pairs_at_once(scorer) // max(candidates, 1)))
 
 
 def pairs_at_once(scorer: Scorer) -> int:

@@ -142,14 +142,12 @@ class HeadScorer:
         """Fuse the head's terms with the cosine; a picture without patches gets a mean term."""
         assert patches is not None
         fusion, calibration = self.card.fusion, self.card.calibration
-        head, codes = self._without_repeats(patches)  # codes (M, P', C)
+        head, codes = self.without_repeats(patches)  # codes (M, P', C)
         rank, _ = self.judge(text, codes, rows, head)  # (Q, N)
         added = fusion.weight * rank  # (Q, N)
         if self.bank is not None and len(patches.codes):
             assert patches.pooled is not None
-            popularity = self.bank.popularity(patches.pooled, fusion.scale)  # (M,)
-            held_back = fusion.scale * fusion.popularity_weight * popularity  # (M,)
-            added = added - held_back[rows.clamp_min(0)]  # (Q, N)
+            added = added - self.held_back(patches.pooled)[rows.clamp_min(0)]  # (Q, N)
         there = rows >= 0  # (Q, N)
         fused = fusion.scale * coarse + torch.where(there, added, fusion.offset)  # (Q, N)
         logit = calibration.slope * fused + calibration.bias  # (Q, N)
@@ -188,7 +186,15 @@ class HeadScorer:
             match[queries, columns] = output.match.float()  # (G, n)
         return rank.cpu(), match.cpu()
 
-    def _without_repeats(self, patches: PatchBatch) -> tuple[Head, Tensor]:
+    def held_back(self, pooled: Tensor) -> Tensor:
+        """Return what popularity takes off the score of pictures (M, D), (M,)."""
+        if self.bank is None:
+            return torch.zeros(len(pooled))  # (M,)
+        fusion = self.card.fusion
+        popularity = self.bank.popularity(pooled, fusion.scale)  # (M,)
+        return fusion.scale * fusion.popularity_weight * popularity  # (M,)
+
+    def without_repeats(self, patches: PatchBatch) -> tuple[Head, Tensor]:
         """Return the head and codes (M, P', C) to judge: one patch a cell where one stands for all.
 
         The scores are those of all P patches, at a fraction of the cost (``Head.for_grid``). A

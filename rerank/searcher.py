@@ -201,7 +201,8 @@ class Searcher:
         pixels = self._pixels_of(record)
         if pixels is None:
             return None
-        return show(self.image_encoder, self.scorer, Path(record.path).name, pixels, text)
+        name, row = Path(record.path).name, self.index.manifest.row_format
+        return show(self.image_encoder, self.scorer, name, pixels, text, row)
 
     def _rerank(
         self, scorer: Scorer, text: TextFeatures, found: Candidates, rows: Sequence[int]

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import doctest
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from mmsearch.cli.app import app
+from mmsearch.cli.explain import open_viewer
 from mmsearch.core.errors import UsageError
-from mmsearch.core.types import Grid, ImageFeatures, PatchBatch, TextFeatures
+from mmsearch.core.types import Grid, PatchBatch, TextFeatures
+from mmsearch.indexing.index import ImageIndex
 from mmsearch.rerank import asking, explain
 from mmsearch.rerank.asking import fill_in
 from mmsearch.rerank.checkpoint import Fusion, HeadCard
 from mmsearch.rerank.explain import looks, merge_pieces
 from mmsearch.rerank.heads import HEADS, HeadConfig, build_head
 from mmsearch.rerank.late import LateScorer
+from mmsearch.rerank.querybank import Querybank
 from mmsearch.rerank.scorers import CoarseScorer, HeadScorer
+from mmsearch.rerank.searcher import Query, Searcher
 from mmsearch.rerank.sheets import Shown, contact_sheet, heat, html_page, scales
 from PIL import Image
 from torch import nn
 from torch.nn.functional import normalize
 from typer.testing import CliRunner
+
+from .photos import copy_photographs
 
 GRID = Grid(3, 4)
 
@@ -44,7 +51,14 @@ def pair():
     mask = torch.ones(1, 5, dtype=torch.bool)
     unit = normalize(torch.randn(2, 8), dim=-1)
     text = TextFeatures(("snowboarder",), unit[:1], torch.randn(1, 5, 12), mask, words)
-    return text, ImageFeatures(unit[1:], torch.randn(1, 12, 10), GRID)
+    return text, PatchBatch(torch.randn(1, 12, 10), None, GRID, pooled=unit[1:])
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    copy_photographs(folder)
+    return folder
 
 
 def test_doctests():
@@ -61,7 +75,7 @@ def test_maps_are_where_words_look(scorer, pair):
     assert 0 <= found.peak("snowboard")[0] <= 1
     text, image = pair
     rows, coarse = torch.zeros(1, 1, dtype=torch.long), torch.tensor([[found.cosine]])
-    patches = PatchBatch(image.patches, None, GRID)
+    patches = PatchBatch(image.codes, None, GRID)
     expected = scorer.score(text, patches, rows, coarse)
     assert found.score == pytest.approx(float(expected.rank), abs=1e-5)
 
@@ -72,9 +86,47 @@ def test_words_add_up_to_the_rank_term(scorer, pair):
         text.texts, text.pooled, text.tokens, text.mask, (("a", "b", "c", "d", "e"),)
     )
     found = explain.explain(scorer, text, image)
-    rank = scorer.head.judge(text.tokens, text.mask, image.patches.unsqueeze(0)).rank.detach()
+    rank = scorer.head.judge(text.tokens, text.mask, image.codes.unsqueeze(0)).rank.detach()
     assert found.word_shares.sum() == pytest.approx(0.7 * float(rank), abs=1e-4)
     assert found.word_weights.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_words_and_terms_add_up_to_the_score(scorer, pair):
+    text, image = pair  # whose pieces begin and end with marks that are no words
+    unit = normalize(torch.randn(6, 8), dim=-1)
+    card = HeadCard("cross", "", "", Fusion(5.0, 0.7, popularity_weight=0.5))
+    banked = HeadScorer(scorer.head, card, torch.device("cpu"), Querybank(unit))
+    for each in (scorer, banked):
+        found = explain.explain(each, text, image)
+        parts = float(found.word_shares.sum()) + sum(found.terms.values())
+        assert found.score == pytest.approx(parts, abs=1e-4)
+    assert found.terms["popularity"] != 0
+    assert found.terms["marks of the text's ends"] != 0
+
+
+def test_a_text_without_words_is_refused(scorer, pair):
+    text, image = pair
+    empty = TextFeatures(
+        ("\u200b",), text.pooled, text.tokens[:, :2], text.mask[:, :2], (("[CLS]", "[SEP]"),)
+    )
+    with pytest.raises(UsageError, match="no words"):
+        explain.explain(scorer, empty, image)
+
+
+@pytest.mark.parametrize("tiles, pool", [("1x1", "1"), ("2x2", "2")])
+def test_the_score_explained_is_that_of_the_query(photos, tmp_path, tiles, pool):
+    index = tmp_path / "index"
+    runner = CliRunner()
+    made = ["index", str(photos), "--index", str(index), "--model", "bundled"]
+    assert runner.invoke(app, [*made, "--tiles", tiles, "--patch-pool", pool]).exit_code == 0
+    with ImageIndex.open(index) as opened:
+        searcher = Searcher(opened)
+        hit = searcher.search([Query("a cup of coffee")], k=1)[0][0]
+        found = searcher.show(hit.record, "a cup of coffee").explanation
+        assert found.score == pytest.approx(hit.score, abs=2e-3)
+    viewer = open_viewer(index, None, "cpu")
+    again = viewer.show(Path(hit.record.path), "a cup of coffee").explanation
+    assert again.score == pytest.approx(hit.score, abs=2e-3)
 
 
 def test_a_contribution_is_what_hiding_the_patch_costs(pair):
@@ -86,7 +138,7 @@ def test_a_contribution_is_what_hiding_the_patch_costs(pair):
         HeadScorer(head, HeadCard("cross", "", "", Fusion(1.0)), torch.device("cpu")), text, image
     )
     assert found.method == "hiding"
-    context = head.context(text.tokens, text.mask, image.patches.unsqueeze(0))
+    context = head.context(text.tokens, text.mask, image.codes.unsqueeze(0))
     bias = torch.zeros(1, 1, 12)
     bias[..., 5] = -torch.inf
     hidden = explain.Context(context.codes, context.gain, context.place, bias=bias)
@@ -219,6 +271,29 @@ def test_explain_command(picture, tmp_path):
     with Image.open(out[0]) as sheet:
         assert sheet.size[0] > 500
     assert "a beach" in out[1].read_text()
+
+
+def test_names_and_answers_are_printed_as_they_are(picture, tmp_path):
+    named = tmp_path / "x [final].png"
+    picture.rename(named)
+    result = CliRunner().invoke(app, ["explain", str(named), "a [dog]", "--compare", str(named)])
+    assert result.exit_code == 0, result.output
+    assert "x [final].png  score" in result.stdout
+    asked = ["ask", str(named), "what is it?", "--choices", "[/b],a dog"]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    assert "[/b]" in result.stdout
+    nowhere = tmp_path / "no" / "x.png"
+    result = CliRunner().invoke(app, [*asked, "--png", str(nowhere)])
+    assert type(result.exception).__name__ == "StorageError"
+
+
+def test_a_scorer_without_attention_is_refused_before_it_answers(tiny_model_dir):
+    from mmsearch.indexing.encoder import load_encoder
+    from mmsearch.rerank.viewing import Viewer
+
+    with pytest.raises(UsageError, match="no attention"):
+        Viewer(load_encoder(f"local-dir:{tiny_model_dir}", device="cpu"), "coarse")
 
 
 def test_ask_command(picture):
