@@ -62,8 +62,8 @@ def explain(
 ) -> None:
     """Show where each word of a query looks in a picture, and which patches raised the score.
 
-    The picture need not be in the index; the index (if there is one) says which model to use and how it
-    keeps patches, so that the score is that of a query.
+    The picture need not be in the index; the index (if there is one) says which model to use and
+    how it keeps patches, so that the score is that of a query.
     """
     if not text.strip():
         raise UsageError("the query is empty", "Give some words.")
